@@ -36,7 +36,7 @@ from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.evaluation.measurement import measure
-from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
+from hf_parcor.programs import measure_and_save, push_if_asked, read_arguments, train_and_save
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
 from hf_parcor.tasks.object_detection import detection_metric
 from hf_parcor.training import checkpoint_to_resume
@@ -239,6 +239,7 @@ def main() -> None:
         if not robustness.skip_corruptions:  # all processes measure together
             evaluator = CorruptionEvaluator(model, metric, progress=not training.disable_tqdm)
             measure_and_save(trainer, evaluator, corruptions, robustness, "map_50", "map_50")
+    push_if_asked(trainer)
 
 
 if __name__ == "__main__":

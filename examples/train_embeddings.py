@@ -31,7 +31,7 @@ from transformers import set_seed
 
 from hf_parcor import ParameterDefenseMixin, PublishingMixin
 from hf_parcor.evaluation import RobustnessArguments
-from hf_parcor.programs import read_arguments, save_measurement, train_and_save
+from hf_parcor.programs import push_if_asked, read_arguments, save_measurement, train_and_save
 from hf_parcor.tasks import TASKS, Encoding, Processed, load_rows
 from hf_parcor.training import DefenseArguments, checkpoint_to_resume
 
@@ -158,9 +158,8 @@ def main() -> None:
                 corruptions, trials=robustness.corruption_trials, seed=robustness.corruption_seed
             )
             save_measurement(trainer, trainer.robustness_records["eval"], "model", trainer.evaluator.primary_metric)
-    if training.push_to_hub:
-        trainer.push_to_hub()
-    else:
+    push_if_asked(trainer)
+    if not training.push_to_hub:
         trainer.create_model_card(model_name=Path(str(training.output_dir)).name)
 
 

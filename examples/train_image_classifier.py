@@ -46,7 +46,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
-from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
+from hf_parcor.programs import measure_and_save, push_if_asked, read_arguments, train_and_save
 from hf_parcor.tasks import ImageClassification, LabelledImages, Rows, decoded_images, load_rows
 from hf_parcor.training import checkpoint_to_resume
 
@@ -296,6 +296,7 @@ def main() -> None:
             batches = DataLoader(eval_rows, batch_size=training.eval_batch_size, collate_fn=whole_batch)
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
             measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
+    push_if_asked(trainer)
 
 
 def _takes_bytes(model: Any) -> bool:

@@ -61,7 +61,7 @@ from hf_parcor import (
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import LanguageModelMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
+from hf_parcor.programs import measure_and_save, push_if_asked, read_arguments, train_and_save
 from hf_parcor.records.metric_info import MetricInfo
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import Rows, read_file
@@ -464,6 +464,7 @@ def main() -> None:
                 progress=not training.disable_tqdm,
             )
             measure_and_save(trainer, evaluator, corruptions, robustness, "model", "loss")
+    push_if_asked(trainer)
 
 
 if __name__ == "__main__":

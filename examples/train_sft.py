@@ -35,7 +35,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_parcor import ParameterDefenseMixin, PublishingMixin
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import read_arguments, save_measurement, train_and_save
+from hf_parcor.programs import push_if_asked, read_arguments, save_measurement, train_and_save
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import read_file
 from hf_parcor.training import DefenseArguments, checkpoint_to_resume
@@ -186,9 +186,8 @@ def main() -> None:
                 target_modules=data.corruption_target_modules,
             )
             save_measurement(trainer, trainer.robustness_records["eval"], "model", "loss")
-    if training.push_to_hub:
-        trainer.push_to_hub()
-    else:
+    push_if_asked(trainer)
+    if not training.push_to_hub:
         trainer.create_model_card(model_name=Path(str(training.output_dir)).name)
 
 

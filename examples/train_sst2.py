@@ -11,6 +11,7 @@ others, and `robustness.json` is written beside the other results.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDef
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
+from hf_parcor.programs import measure_and_save, push_if_asked, read_arguments, train_and_save
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import TASKS, Processed, Rows, read_file
 from hf_parcor.tasks.classification import class_numbers
@@ -214,9 +215,11 @@ def main() -> None:
             by_length = eval_rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
             batches = DataLoader(by_length, batch_size=training.eval_batch_size, collate_fn=collator)
             if model_arguments.lora_rank is not None:
-                model = model.merge_and_unload().requires_grad_(True)  # what is deployed, and all of it
+                # What is deployed, and all of it; the Trainer's model keeps its adapters, which are saved.
+                model = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
             measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
+    push_if_asked(trainer)
 
 
 if __name__ == "__main__":

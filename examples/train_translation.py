@@ -57,7 +57,7 @@ from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTra
 from hf_parcor.evaluation import RobustnessArguments, measure_robustness
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.languages import languages_of, set_languages
-from hf_parcor.programs import read_arguments, save_measurement, train_and_save
+from hf_parcor.programs import push_if_asked, read_arguments, save_measurement, train_and_save
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
 from hf_parcor.training import checkpoint_to_resume
 from hf_parcor.translation import (
@@ -439,6 +439,7 @@ def main() -> None:
         path = Path(training.output_dir) / "bleu_signatures.json"
         path.write_text(json.dumps(scores.notes, indent=2) + "\n", encoding="utf-8")
         print(*scores.notes, sep="\n")
+    push_if_asked(trainer)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.utils import logging as logging_of_transformers
 
+from hf_parcor.cards.mixin import PublishingMixin
 from hf_parcor.corruptions import Corruption
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation import CorruptionEvaluator, RobustnessArguments, RobustnessCallback
@@ -79,6 +80,8 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, robustness: Robustn
 def save_training(trainer: Trainer, metrics: Mapping[str, float], **counts: int) -> None:
     """Save a trained model, its state, and `train_results.json`, which is logged too.
 
+    Nothing is pushed to the Hub: that is the end of the program, when the model is measured (see `push_if_asked`).
+
     Args:
         trainer: The Trainer.
         metrics: Those of its training; whether it shows signs of collapse is added.
@@ -86,7 +89,7 @@ def save_training(trainer: Trainer, metrics: Mapping[str, float], **counts: int)
     """
     collapsed = float(bool(signs_of_collapse(trainer.state.log_history, trainer.model)))
     found = {**metrics, **counts, "train_collapsed": collapsed}
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # any other call would push it
     trainer.log_metrics("train", dict(found))
     trainer.save_metrics("train", found)
     trainer.save_state()
@@ -127,7 +130,7 @@ def of_trained(trainer: Trainer, record: EvaluationRecord) -> EvaluationRecord:
 def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metric: str) -> None:
     """Save what was measured of a Trainer's model as `robustness.json`, and print its table and where the record is.
 
-    The first process alone does. The record is named as by `of_trained`.
+    The first process alone does. The record is named as by `of_trained`, and the Trainer's card will say it.
 
     Args:
         trainer: Whose output folder the record goes to.
@@ -139,3 +142,16 @@ def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metr
         record = of_trained(trainer, record)
         path = record.save(Path(str(trainer.args.output_dir)) / "robustness.json")
         print(f"{comparison_table({name: record}, metric)}\nThe record is in {path}.")
+        show_on_card(trainer, record)
+
+
+def show_on_card(trainer: Trainer, record: EvaluationRecord) -> None:
+    """Let the card of a Trainer that writes cards say what was measured of its model by another evaluator."""
+    if isinstance(trainer, PublishingMixin):
+        trainer.show_on_card({"eval": record})
+
+
+def push_if_asked(trainer: Trainer) -> None:
+    """Push a model to the Hub, with its card and the records beside it, if `push_to_hub` is set; in all processes."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

@@ -14,7 +14,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 from trainings import QUIET
+from transformers import Trainer
+
+from hf_parcor import PublishingMixin
+from hf_parcor.cards import ModelFacts
 
 # A run in short, every step of it logged.
 TRAINS_AND_MEASURES = {**QUIET, "do_train": True, "do_eval": True, "logging_steps": 1}
@@ -39,6 +44,20 @@ def steps_logged(output: Path) -> list[dict[str, float]]:
     """Return what a run logged of its steps."""
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def pushes_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], ModelFacts | None]]:
+    """Return a list that will have the weights of each push to the Hub, and what their card says of robustness."""
+    pushes = []
+
+    def push(trainer: Any, *_: Any, **__: Any) -> None:
+        weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        pushes.append((weights, trainer.robustness_facts()))
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(Trainer, "push_in_progress", None, raising=False)
+    monkeypatch.setattr(PublishingMixin, "push_to_hub", push)
+    return pushes
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class PublishingMixin(RobustnessMixin):
       training that the Trainer would have written; missing metadata are added.
     - Results of `evaluate_robustness` or a `RobustnessCallback` are shown only for the measured weights, also if
       `load_best_model_at_end` restored them. After further training the card says that robustness is unknown. For the
-      same weights, results of `evaluate_robustness` take precedence.
+      same weights, results of `evaluate_robustness` take precedence, and those that `show_on_card` was given.
 
     Before each push, including those that `hub_strategy` makes during training, a card that a person changed on the
     Hub is copied here. If a person changed the local card too, the local card is pushed, and a warning says where to
@@ -110,8 +110,16 @@ class PublishingMixin(RobustnessMixin):
     def evaluate_robustness(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `RobustnessMixin.evaluate_robustness` does, and keep the results for the card."""
         metrics = super().evaluate_robustness(*args, **kwargs)
-        self._keep(self.robustness_records, instead=True)
+        self.show_on_card(self.robustness_records)
         return metrics
+
+    def show_on_card(self, records: Mapping[str, EvaluationRecord]) -> None:
+        """Let the card say what was measured of the current weights, say by an evaluator that is not the Trainer's.
+
+        Args:
+            records: What was measured, by the prefix of its metrics; in place of what is known of these weights.
+        """
+        self._keep(records, instead=True)
 
     def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
         """Keep the record of a `RobustnessCallback` for the card."""

@@ -136,6 +136,7 @@ class Train(Command):
         from transformers import set_seed
 
         from hf_parcor.cli.subject import find_task, measured, origin_of, prepared
+        from hf_parcor.programs import push_if_asked
         from hf_parcor.trainers import ParameterDefenseTrainer
         from hf_parcor.training import ParameterDefenseTrainingArguments
 
@@ -179,6 +180,8 @@ class Train(Command):
             ):
                 _train(trainer, training)
         _measure(arguments, trainer, subject, corruptions)
+        with redirect_stdout(sys.stderr), refused(*failures_of_hub()):
+            push_if_asked(trainer)
 
 
 # Of the Trainer's numbers those that it takes as they come: some then fail in another library, some train nonsense.
@@ -443,7 +446,7 @@ def _measure(
 ) -> None:
     """Measure the trained model, all processes together, and show the record, which has the name of its folder."""
     from hf_parcor.evaluation import NotEnoughMemoryError
-    from hf_parcor.programs import of_trained
+    from hf_parcor.programs import of_trained, show_on_card
 
     with redirect_stdout(sys.stderr):
         with refused(NotEnoughMemoryError):
@@ -460,5 +463,6 @@ def _measure(
     record = of_trained(trainer, record).told({**told, **subject.told})
     if corruptions:
         show(record, metric, Path(str(trainer.args.output_dir)) / ROBUSTNESS)
+        show_on_card(trainer, record)
     else:
         print(table_of(record, metric))

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from example_program import pushes_of
 from for_each import for_each
 from local_hub import local_hub
 from local_models import (
@@ -879,6 +880,13 @@ class TestTrain:
         assert run("card out --dry-run").code == (0 if measured else 2)
 
     @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
+    def test_it_is_pushed_once_when_it_is_measured(self, run, classifier_folder, sentences, monkeypatch):
+        pushes = pushes_of(monkeypatch)
+        flags = f"--dataset {sentences} --output-dir out --push-to-hub --hub-strategy end --corruptions quantization=4"
+        assert self.train(run, classifier_folder, *flags.split()).code == 0
+        ((_, facts),) = pushes
+        assert [row.label for row in facts.corruptions] == ["4-bit quantization"]
+
     def test_an_adapter_is_trained_on_and_saved(self, run, classifier_folder, sentences):
         """By PEFT: Transformers saves adapters of some versions alone, and loads those of others too."""
         peft = pytest.importorskip("peft")

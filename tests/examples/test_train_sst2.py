@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from example_program import TRAINS_AND_MEASURES, run_example, run_with, steps_logged
+from example_program import TRAINS_AND_MEASURES, pushes_of, run_example, run_with, steps_logged
 from local_hub import local_hub
 from local_models import word_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
@@ -97,6 +97,23 @@ def test_the_corruptions_that_are_named_are_trained_against_and_measured(files, 
     assert watched[-1] == record.corruptions[0].mean("accuracy")
     config = json.loads((files / "out" / "defense_config.json").read_text())
     assert [list(entry) for entry in config["settings"]["corruption"]] == [["quantization"]] * 2 + [["gradient"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_model_is_pushed_once_when_it_is_measured(rank, files, monkeypatch):
+    """What was watched before is no more what the card says; adapters are pushed as they were trained."""
+    if rank is not None:
+        pytest.importorskip("peft", reason="adapters need the extra 'peft'")
+    pushes = pushes_of(monkeypatch)
+    asked = {"push_to_hub": True, "lora_rank": rank, "corruptions": ["quantization=4"], "num_train_epochs": 1}
+    asked |= {"watched_corruptions": ["quantization=2"], "eval_strategy": "epoch", "hub_strategy": "end"}
+    out = run_with(SCRIPT, {**settings(files), **asked}, monkeypatch)
+    ((weights, facts),) = pushes
+    assert any("lora_A" in name for name in weights) == (rank is not None)
+    assert [row.label for row in facts.corruptions] == ["4-bit quantization"]
+    measured = EvaluationRecord.load(out / "robustness.json").corruptions[0]
+    assert facts.corruptions[0].metrics["accuracy"].values == measured.metrics["accuracy"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from example_program import TRAINS_AND_MEASURES, run_example, run_with, steps_logged
+from example_program import TRAINS_AND_MEASURES, pushes_of, run_example, run_with, steps_logged
 from iwslt_distribution import distribution, tar, zipped
 from local_hub import local_hub
 from local_models import MANY_LANGUAGES, save_t5, write_pairs
@@ -116,6 +116,21 @@ def test_two_vocabularies_and_a_table(files, monkeypatch):
     assert all("loss_corrupted" in entry for entry in steps_logged(tuned))
     assert len(AutoTokenizer.from_pretrained(tuned / "target_tokenizer")) == 35
     assert steps_logged(tuned)[0]["loss_clean"] < steps_logged(out)[0]["loss"], "it goes on from what was learned"
+
+
+@pytest.mark.slow
+def test_the_average_is_pushed_once_when_it_is_measured(files, monkeypatch):
+    pushes = pushes_of(monkeypatch)
+    asked = {"push_to_hub": True, "hub_strategy": "end", "average_checkpoints": 2, "corruptions": ["quantization=4"]}
+    out = run(monkeypatch, files, **asked)
+    ((weights, facts),) = pushes
+    one, two = (
+        load_file(folder / "model.safetensors")
+        for folder in sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-2:]
+    )
+    assert all(torch.equal(weights[name], ((one[name].double() + two[name].double()) / 2).float()) for name in one)
+    measured = EvaluationRecord.load(out / "robustness.json").corruptions[0]
+    assert facts.corruptions[0].metrics["bleu"].values == measured.metrics["bleu"]
 
 
 def pretrained(folder: Path | str) -> dict[str, object]:
