@@ -289,6 +289,7 @@ class Blocks(Dataset[Batch]):
         missing = -len(tokens) % block_size
         self._tokens = torch.cat([tokens, tokens.new_full((missing,), end)]).view(-1, block_size)
         self._labels = torch.cat([tokens, tokens.new_full((missing,), -100)]).view(-1, block_size)
+        self._labels[:, 0] = -100  # for Trainers that count the labels of a model without its shift
 
     def __len__(self) -> int:
         """Return how many blocks there are."""

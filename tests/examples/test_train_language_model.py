@@ -14,7 +14,8 @@ from example_program import TRAINS_AND_MEASURES, run_with
 from for_each import for_each
 from local_models import save_gpt2
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+from trainings import QUIET
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from hf_parcor import CorruptionEvaluator, EvaluationRecord
 from hf_parcor.evaluation import LanguageModelMetric
@@ -207,6 +208,21 @@ def test_gradients_are_those_of_the_carried_state():
     metric = LanguageModelMetric(batches)
     record = CorruptionEvaluator(model, example.InOrder(metric), told, progress=False).evaluate([])
     assert record.clean.mean("loss") == metric(model)["loss"]
+
+
+def test_each_evaluation_counts_the_tokens_that_are_predicted(tmp_path):
+    """The Trainer counts the labels of some models, GPT-2 among them, without a shift."""
+    model = AutoModelForCausalLM.from_pretrained(save_gpt2(tmp_path / "model")).eval()
+    tokens = torch.randint(model.config.vocab_size, (37,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(block[None]).logits[0, :-1], block[1:], reduction="none")
+            for block in tokens.split(8)
+        ]
+    arguments = TrainingArguments(str(tmp_path / "out"), per_device_eval_batch_size=5, **QUIET)
+    rows = example.Blocks(tokens, 8, 0)
+    trainer = Trainer(model=model, args=arguments, eval_dataset=rows, data_collator=default_data_collator)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
 @for_each(
