@@ -54,6 +54,7 @@ from transformers import (
 )
 
 from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
+from hf_parcor.arguments import check_count
 from hf_parcor.evaluation import RobustnessArguments, measure_robustness
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.languages import languages_of, set_languages
@@ -313,6 +314,27 @@ def name_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, d
         set_languages(model, tokenizer, data.source_code, data.target_code)
 
 
+def check_average(count: int | None, training: Seq2SeqParameterDefenseTrainingArguments) -> None:
+    """Refuse an average of checkpoints that there will not be, before the hours of training.
+
+    Raises:
+        ValueError: There will not be as many.
+    """
+    if count is None or not training.do_train:
+        return
+    check_count("average_checkpoints", count)
+    if training.save_strategy == "no":
+        raise ValueError(
+            "average_checkpoints: expected checkpoints, got --save_strategy no; pass --save_strategy epoch, or steps"
+        )
+    kept = training.save_total_limit
+    if kept is not None and kept < count:
+        raise ValueError(
+            f"average_checkpoints: expected at most {kept}, since --save_total_limit keeps no more, got {count}; "
+            f"pass --save_total_limit {count}"
+        )
+
+
 def set_generated_length(model: PreTrainedModel, asked: int | None, longest: int) -> int:
     """Let a model generate as long texts as are asked for, or as the data has; it is saved so.
 
@@ -343,6 +365,7 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, Seq2SeqParameterDefenseTrainingArguments
     )
     model_arguments.check()
+    check_average(data.average_checkpoints, training)
     corruptions = robustness.read(())  # before hours of training
     training.predict_with_generate = True
     if training.generation_num_beams is None:

@@ -244,6 +244,15 @@ def empty(folder: Path) -> dict[str, object]:
             lambda folder: {"vocabulary": str(folder), "target_vocabulary_size": 9},
             "vocabulary_size, target_vocabulary_size: expected none beside vocabulary",
         ),
+        (lambda folder: {"average_checkpoints": 0}, "average_checkpoints: expected a whole number >= 1, got 0"),
+        (
+            lambda folder: {"average_checkpoints": 2, "save_strategy": "no"},
+            "average_checkpoints: expected checkpoints, got --save_strategy no",
+        ),
+        (
+            lambda folder: {"average_checkpoints": 2, "save_total_limit": 1},
+            "average_checkpoints: expected at most 1, since --save_total_limit keeps no more, got 2",
+        ),
         (lambda folder: {"do_train": False}, "vocabulary: expected text to train one on, got none"),
     ],
 )
