@@ -335,6 +335,10 @@ class TestBatches:
         ({"resnet_depth": None}, "--resnet_depth or --model_name_or_path"),
         ({"train_file": None}, "--train_file or --dataset_name"),
         ({"resnet_depth": 9}, "depth: expected"),
+        (
+            {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+            "dataloader_persistent_workers: expected workers that begin anew",
+        ),
     ],
 )
 def test_bad_input(files, monkeypatch, given, says):
