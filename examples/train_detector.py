@@ -27,6 +27,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
     DetrImageProcessor,
+    TrainerCallback,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -100,17 +101,31 @@ class DataArguments:
 
 
 class Flipped:
-    """Examples, half of them mirrored, another half in each epoch."""
+    """Examples, of which each is mirrored or not in an epoch, as the seed, the epoch and its place alone decide.
 
-    def __init__(self, examples: Sequence[dict[str, Any]]) -> None:
+    So it is the same on one process or many, with workers that read ahead, and after a checkpoint.
+
+    Args:
+        examples: All examples.
+        seed: Of what is mirrored.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]], seed: int) -> None:
         self._examples = examples
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw which examples are mirrored in an epoch."""
+        generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+        self._mirrored = torch.rand(len(self), generator=generator) < 0.5
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self._examples[index]
-        if torch.rand(()) < 0.5:
+        if not self._mirrored[index]:
             return example
         image = example["image"].transpose(0)  # left to right
         annotations = []
@@ -118,6 +133,17 @@ class Flipped:
             x, y, width, height = one["bbox"]
             annotations.append({**one, "bbox": [image.width - x - width, y, width, height]})
         return {**example, "image": image, "annotations": annotations}
+
+
+class NewEpoch(TrainerCallback):
+    """Tells the examples which epoch begins: the data loader of a resumed epoch does not."""
+
+    def __init__(self, examples: Flipped) -> None:
+        self._examples = examples
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw anew, or as it was drawn when the epoch began that is resumed."""
+        self._examples.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class DetectionTrainer(ParameterDefenseTrainer):
@@ -197,6 +223,11 @@ def main() -> None:
     training.remove_unused_columns = False  # the collator needs them all
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training
+    if training.do_train and data.flip and training.dataloader_persistent_workers:
+        raise ValueError(
+            "dataloader_persistent_workers: expected workers that begin anew in each epoch, got some that live on, "
+            "and mirror what they did in the first one; leave the flag out, or pass --flip false"
+        )
 
     splits = load_splits(data)
     columns = {split: TASK.find_columns(rows, {}) for split, rows in splits.items()}
@@ -220,13 +251,15 @@ def main() -> None:
         workers = training.dataloader_num_workers
         batches = TASK.batches(eval_examples, processed, training.eval_batch_size, workers)
         metric = detection_metric(processor, batches)
+    flipped = Flipped(train_examples, training.seed) if data.flip and train_examples is not None else None
     trainer = DetectionTrainer(
         model=model,
         args=training,
-        train_dataset=Flipped(train_examples) if data.flip and train_examples is not None else train_examples,
+        train_dataset=train_examples if flipped is None else flipped,
         eval_dataset=eval_examples,
         processing_class=processor,
         data_collator=collator,
+        callbacks=None if flipped is None else [NewEpoch(flipped)],
     )
 
     if train_examples is not None:

@@ -90,16 +90,45 @@ def test_mirrored_images_have_mirrored_boxes():
     image = Image.new("RGB", (12, 10))
     image.paste((255, 0, 0), (1, 2, 4, 6))
     given = {"image": image, "annotations": [{"bbox": [1, 2, 3, 4], "category_id": 0}], "image_id": 0}
-    torch.manual_seed(0)
     seen = set()
-    for _ in range(20):
-        example = Flipped([given])[0]
+    flipped = Flipped([given], seed=0)
+    for epoch in range(20):
+        flipped.set_epoch(epoch)
+        example = flipped[0]
         x, y, width, height = example["annotations"][0]["bbox"]
         seen.add(x)
         inside = example["image"].crop((x, y, x + width, y + height))
         assert set(inside.getdata()) == {(255, 0, 0)}
         assert example["image"].getcolors()[0][0] == 12
     assert seen == {1, 8}
+
+
+def test_a_run_that_is_resumed_within_an_epoch_mirrors_the_same_images(run, tmp_path, monkeypatch):
+    import train_detector
+
+    seen = []
+    original = train_detector.Flipped.__getitem__
+
+    def noted(self, index):
+        example = original(self, index)
+        seen.append((index, example["annotations"] != self._examples[index]["annotations"]))
+        return example
+
+    monkeypatch.setattr(train_detector.Flipped, "__getitem__", noted)
+    given = {"per_device_train_batch_size": 1, "do_eval": False, "eval_strategy": "no", "defense": "none"}
+    run(**given, save_strategy="steps", save_steps=2)
+    whole = list(seen)
+    assert [index for index, _ in whole[:4]] != [index for index, _ in whole[4:]]
+    seen.clear()
+    resumed = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2"), "save_strategy": "no"}
+    run(**given, **resumed)
+    assert seen[-6:] == whole[2:]
+    assert {mirrored for _, mirrored in whole} == {False, True}
+
+
+def test_workers_that_live_on_are_refused(run):
+    with pytest.raises(ValueError, match="dataloader_persistent_workers: expected workers that begin anew"):
+        run(dataloader_num_workers=1, dataloader_persistent_workers=True)
 
 
 def test_gradients_too_are_of_batches_of_images_of_one_size(tmp_path):
