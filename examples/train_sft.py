@@ -35,7 +35,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_parcor import ParameterDefenseMixin, PublishingMixin
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import push_if_asked, read_arguments, save_measurement, train_and_save
+from hf_parcor.programs import check_counts, push_if_asked, read_arguments, save_measurement, train_and_save
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import read_file
 from hf_parcor.training import DefenseArguments, checkpoint_to_resume
@@ -117,7 +117,8 @@ def load_texts(data: DataArguments, text_column: str, splits: Iterable[str]) -> 
                 f"{split}: expected a column {text_column!r}, or prompt and completion, or messages, got "
                 f"{', '.join(texts.column_names) or 'no row'}; name the column with --dataset_text_field"
             )
-        found[split] = texts.select(range(min(most[split] or len(texts), len(texts))))
+        limit = most[split]
+        found[split] = texts if limit is None else texts.select(range(min(limit, len(texts))))
     return found
 
 
@@ -148,6 +149,7 @@ def main() -> None:
         ModelConfig, DataArguments, RobustnessArguments, SFTArguments
     )
     logger.info("processes: %d", training.world_size)
+    check_counts(data, "max_train_samples", "max_eval_samples")
     set_seed(training.seed)
     corruptions = robustness.read()  # before minutes of training
     wanted = {"train": training.do_train, "validation": training.do_eval}

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.utils import logging as logging_of_transformers
 
+from hf_parcor.arguments import check_count
 from hf_parcor.cards.mixin import PublishingMixin
 from hf_parcor.corruptions import Corruption
 from hf_parcor.corruptions.catalogue import read_corruptions
@@ -51,6 +52,28 @@ def read_arguments(*kinds: type) -> tuple[Any, ...]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logging_of_transformers.set_verbosity(training.get_process_log_level())
     return tuple(parsed)
+
+
+def check_counts(settings: object, *names: str) -> None:
+    """Refuse numbers of rows that leave none, before anything is loaded.
+
+    Args:
+        settings: What has them.
+        *names: What they are called there; None stands for all rows.
+
+    Raises:
+        ValueError: One is less than 1.
+
+    Examples:
+        >>> from argparse import Namespace
+        >>> check_counts(Namespace(max_eval_samples=0), "max_eval_samples")
+        Traceback (most recent call last):
+        ...
+        ValueError: max_eval_samples: expected a whole number >= 1, got 0; pass 1 or more
+    """
+    for name in names:
+        if getattr(settings, name) is not None:
+            check_count(name, getattr(settings, name))
 
 
 def train_and_save(trainer: Trainer, checkpoint: str | None, robustness: RobustnessArguments, **counts: int) -> None:

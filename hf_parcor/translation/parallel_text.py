@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_parcor.arguments import check_count
+
 _SHOWN = 5
 
 TRANSLATION_COLUMN = "translation"
@@ -47,9 +49,10 @@ class ParallelText:
         return f"{self.origin}: {len(self):,} pairs{shown_skips(self.skipped)}"
 
     def first(self, most: int | None) -> ParallelText:
-        """Return the first so many pairs, all for None."""
+        """Return the first so many pairs, one at least; all for None."""
         if most is None:
             return self
+        check_count("most", most)
         return ParallelText(self.sources[:most], self.targets[:most], self.origin, self.places[:most], self.skipped)
 
 

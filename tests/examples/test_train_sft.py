@@ -168,6 +168,7 @@ def test_which_tokens_are_trained_on(settings, tmp_path, monkeypatch, rows, give
         ({"dataset_text_field": "sentence"}, "expected a column 'sentence'"),
         ({"model_name_or_path": None}, "expected a model on the Hub or a local folder"),
         ({"do_train": False, "do_eval": False}, "expected --do_train"),
+        ({"max_train_samples": 0}, "max_train_samples: expected a whole number >= 1, got 0"),
         ({"max_length": 17, "model_name_or_path": "gpt2"}, "expected at most 16 tokens"),
         ({**ADAPTERS, "defense_target_modules": ["base_layer"]}, "expected trainable parameters"),
     ],

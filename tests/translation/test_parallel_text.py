@@ -171,3 +171,12 @@ class TestEncoding:
         assert encode(text, tokenizer, tokenizer, length).report == "a row: 1 pairs"
         with pytest.raises(ValueError, match=r"a row: expected a pair of at most 2 tokens, found none"):
             encode(text, tokenizer, tokenizer, length - 1)
+
+
+@for_each("most", [0, -1])
+def test_the_first_pairs_are_one_at_least(most):
+    text = from_rows(COLUMNS, "de", "en", "a data set")
+    assert text.first(None) is text
+    assert [len(text.first(count)) for count in (1, 2, 3)] == [1, 2, 2]
+    with pytest.raises(ValueError, match=f"expected a whole number >= 1, got {most}"):
+        text.first(most)
