@@ -37,7 +37,7 @@ from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.evaluation.measurement import measure
-from hf_parcor.programs import measure_and_save, push_if_asked, read_arguments, train_and_save
+from hf_parcor.programs import check_something_is_done, measure_and_save, push_if_asked, read_arguments, train_and_save
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
 from hf_parcor.tasks.object_detection import detection_metric
 from hf_parcor.training import checkpoint_to_resume
@@ -220,6 +220,7 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
     )
     logger.info("processes: %d", training.world_size)
+    check_something_is_done(training)
     training.remove_unused_columns = False  # the collator needs them all
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training

@@ -31,7 +31,7 @@ from transformers import set_seed
 
 from hf_parcor import ParameterDefenseMixin, PublishingMixin
 from hf_parcor.evaluation import RobustnessArguments
-from hf_parcor.programs import push_if_asked, read_arguments, save_measurement, train_and_save
+from hf_parcor.programs import check_something_is_done, push_if_asked, read_arguments, save_measurement, train_and_save
 from hf_parcor.tasks import TASKS, Encoding, Processed, load_rows
 from hf_parcor.training import DefenseArguments, checkpoint_to_resume
 
@@ -126,6 +126,7 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, EmbeddingArguments
     )
     logger.info("processes: %d", training.world_size)
+    check_something_is_done(training)
     set_seed(training.seed)
     corruptions = robustness.read()  # before minutes of training
     model = TASK.load_model(settings.model_name_or_path, revision=settings.model_revision)
@@ -133,8 +134,6 @@ def main() -> None:
     TASK.prepare(processed)
     wanted = {"train": training.do_train, "validation": training.do_eval}
     texts = {split: load_split(data, split, processed) for split, asked in wanted.items() if asked}
-    if not texts:
-        raise ValueError("expected --do_train, --do_eval or both, got none; say what is to be done")
     scored = "score" in next(iter(texts.values())).column_names
     loss = losses.CoSENTLoss(model) if scored else losses.MultipleNegativesRankingLoss(model)
     trainer: Any = DefendedTrainer(

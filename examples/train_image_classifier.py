@@ -46,7 +46,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
-from hf_parcor.programs import measure_and_save, push_if_asked, read_arguments, train_and_save
+from hf_parcor.programs import check_something_is_done, measure_and_save, push_if_asked, read_arguments, train_and_save
 from hf_parcor.tasks import ImageClassification, LabelledImages, Rows, decoded_images, load_rows
 from hf_parcor.training import checkpoint_to_resume
 
@@ -242,6 +242,8 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
     )
     logger.info("processes: %d", training.world_size)
+    if model_arguments.resnet_depth is None:  # a small ResNet is saved all the same
+        check_something_is_done(training)
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training
     if training.do_train and training.dataloader_persistent_workers:

@@ -61,7 +61,14 @@ from hf_parcor import (
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import LanguageModelMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import check_counts, measure_and_save, push_if_asked, read_arguments, train_and_save
+from hf_parcor.programs import (
+    check_counts,
+    check_something_is_done,
+    measure_and_save,
+    push_if_asked,
+    read_arguments,
+    train_and_save,
+)
 from hf_parcor.records.metric_info import MetricInfo
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import Rows, read_file
@@ -404,6 +411,7 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
     )
     logger.info("processes: %d", training.world_size)
+    check_something_is_done(training)
     check_counts(data, "max_train_tokens", "max_eval_tokens")
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_paper_1())  # before minutes of training

@@ -35,7 +35,14 @@ from hf_parcor.errors import InputError
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.evaluation.metrics import OverBatches, own_batch, share_not_finite
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import check_counts, measure_and_save, push_if_asked, read_arguments, train_and_save
+from hf_parcor.programs import (
+    check_counts,
+    check_something_is_done,
+    measure_and_save,
+    push_if_asked,
+    read_arguments,
+    train_and_save,
+)
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import SHARE, MetricInfo
 from hf_parcor.training import checkpoint_to_resume
@@ -316,6 +323,7 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, TrainingArguments
     )
     logger.info("processes: %d", training.world_size)
+    check_something_is_done(training)
     check_counts(data, "max_train_samples", "max_eval_samples")
     set_seed(training.seed)
     corruptions = robustness.read(read_corruptions(CORRUPTIONS))  # before minutes of training

@@ -35,7 +35,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_parcor import ParameterDefenseMixin, PublishingMixin
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import check_counts, push_if_asked, read_arguments, save_measurement, train_and_save
+from hf_parcor.programs import (
+    check_counts,
+    check_something_is_done,
+    push_if_asked,
+    read_arguments,
+    save_measurement,
+    train_and_save,
+)
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import read_file
 from hf_parcor.training import DefenseArguments, checkpoint_to_resume
@@ -149,13 +156,12 @@ def main() -> None:
         ModelConfig, DataArguments, RobustnessArguments, SFTArguments
     )
     logger.info("processes: %d", training.world_size)
+    check_something_is_done(training)
     check_counts(data, "max_train_samples", "max_eval_samples")
     set_seed(training.seed)
     corruptions = robustness.read()  # before minutes of training
     wanted = {"train": training.do_train, "validation": training.do_eval}
     texts = load_texts(data, training.dataset_text_field, [split for split, asked in wanted.items() if asked])
-    if not texts:
-        raise ValueError("expected --do_train, --do_eval or both, got none; say what is to be done")
     model = load_model(settings, training)
     tokenizer = AutoTokenizer.from_pretrained(
         settings.model_name_or_path, revision=settings.model_revision, trust_remote_code=training.trust_remote_code

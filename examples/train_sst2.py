@@ -32,7 +32,14 @@ from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDef
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.programs import check_counts, measure_and_save, push_if_asked, read_arguments, train_and_save
+from hf_parcor.programs import (
+    check_counts,
+    check_something_is_done,
+    measure_and_save,
+    push_if_asked,
+    read_arguments,
+    train_and_save,
+)
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import TASKS, Processed, Rows, read_file
 from hf_parcor.tasks.classification import class_numbers
@@ -147,6 +154,7 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
     )
     logger.info("processes: %d", training.world_size)
+    check_something_is_done(training)
     check_counts(data, "max_train_samples", "max_eval_samples")
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training

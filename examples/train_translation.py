@@ -58,7 +58,14 @@ from hf_parcor.arguments import check_count
 from hf_parcor.evaluation import RobustnessArguments, measure_robustness
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.languages import languages_of, set_languages
-from hf_parcor.programs import check_counts, push_if_asked, read_arguments, save_measurement, train_and_save
+from hf_parcor.programs import (
+    check_counts,
+    check_something_is_done,
+    push_if_asked,
+    read_arguments,
+    save_measurement,
+    train_and_save,
+)
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
 from hf_parcor.training import checkpoint_to_resume
 from hf_parcor.translation import (
@@ -365,6 +372,7 @@ def main() -> None:
         ModelArguments, DataArguments, RobustnessArguments, Seq2SeqParameterDefenseTrainingArguments
     )
     model_arguments.check()
+    check_something_is_done(training, predicts=True)
     check_counts(data, "max_train_samples", "max_eval_samples")
     check_average(data.average_checkpoints, training)
     corruptions = robustness.read(())  # before hours of training

@@ -54,6 +54,29 @@ def read_arguments(*kinds: type) -> tuple[Any, ...]:
     return tuple(parsed)
 
 
+def check_something_is_done(training: TrainingArguments, *, predicts: bool = False) -> None:
+    """Refuse a run that would do nothing, and end as if all were well.
+
+    Args:
+        training: What was asked for.
+        predicts: Whether the program knows `do_predict`.
+
+    Raises:
+        ValueError: Nothing was asked for that the program does.
+
+    Examples:
+        >>> check_something_is_done(TrainingArguments(output_dir="out", use_cpu=True))
+        Traceback (most recent call last):
+        ...
+        ValueError: expected --do_train, --do_eval or both, got none; say what is to be done
+    """
+    if training.do_train or training.do_eval or (predicts and training.do_predict):
+        return
+    expected = "--do_train, --do_eval, --do_predict or several" if predicts else "--do_train, --do_eval or both"
+    got = "--do_predict alone, which does nothing here" if training.do_predict else "none"
+    raise ValueError(f"expected {expected}, got {got}; say what is to be done")
+
+
 def check_counts(settings: object, *names: str) -> None:
     """Refuse numbers of rows that leave none, before anything is loaded.
 

@@ -126,6 +126,11 @@ def test_a_run_that_is_resumed_within_an_epoch_mirrors_the_same_images(run, tmp_
     assert {mirrored for _, mirrored in whole} == {False, True}
 
 
+def test_a_run_that_would_do_nothing_is_refused(run):
+    with pytest.raises(ValueError, match="expected --do_train, --do_eval or both, got none"):
+        run(do_train=False, do_eval=False, eval_strategy="no")
+
+
 def test_workers_that_live_on_are_refused(run):
     with pytest.raises(ValueError, match="dataloader_persistent_workers: expected workers that begin anew"):
         run(dataloader_num_workers=1, dataloader_persistent_workers=True)

@@ -336,6 +336,10 @@ class TestBatches:
         ({"train_file": None}, "--train_file or --dataset_name"),
         ({"resnet_depth": 9}, "depth: expected"),
         (
+            {"resnet_depth": None, "model_name_or_path": "vit", "do_train": None, "do_eval": None},
+            "expected --do_train, --do_eval or both, got none",
+        ),
+        (
             {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
             "dataloader_persistent_workers: expected workers that begin anew",
         ),

@@ -236,6 +236,7 @@ def test_each_evaluation_counts_the_tokens_that_are_predicted(tmp_path):
         ({"model_name_or_path": "saved"}, "expected a new model"),
         ({"train_file": "empty.txt"}, "expected lines with words"),
         ({"train_file": "null.jsonl"}, "expected a value of 'text' in each row, got none in row 2"),
+        ({"do_train": False, "do_eval": False, "do_predict": True}, "got --do_predict alone"),
         ({"max_train_tokens": -1}, "max_train_tokens: expected a whole number >= 1, got -1"),
         (WATCHED, "expected evaluations in training"),
     ],

@@ -508,6 +508,7 @@ class TestProgram:
             ({"train_file": None, "validation_file": None}, "expected --train_file"),
             ({"train_file": "nowhere.conllu"}, "nowhere.conllu: expected a file, found none"),
             ({"validation_file": None}, "--validation_file"),
+            ({"do_train": False, "do_eval": False, "do_predict": True}, "got --do_predict alone"),
             ({"max_train_samples": 0}, "max_train_samples: expected a whole number >= 1, got 0"),
             ({"max_eval_samples": 0}, "max_eval_samples: expected a whole number >= 1, got 0"),
             ({"do_train": False}, "--model_name_or_path"),

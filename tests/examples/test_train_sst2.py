@@ -189,6 +189,8 @@ def test_a_finished_model_is_measured_by_its_own_numbers_of_the_classes(files, m
         ({"train_file": "empty.tsv"}, "expected at least one row, got none"),
         ({"validation_file": "third.tsv"}, r"validation: expected a label of the model \(0 = 0, 1 = 1\), got 2"),
         ({"train_file": "held-back.tsv"}, "train: expected labels from 0 on, got -1"),
+        ({"do_train": False, "do_eval": False}, "expected --do_train, --do_eval or both, got none"),
+        ({"do_train": False, "do_eval": False, "do_predict": True}, "got --do_predict alone"),
         ({"max_eval_samples": 0}, "max_eval_samples: expected a whole number >= 1, got 0"),
         ({"max_seq_length": 0}, "max_length: expected 1 token or more, got 0"),
     ],

@@ -244,6 +244,10 @@ def empty(folder: Path) -> dict[str, object]:
             lambda folder: {"vocabulary": str(folder), "target_vocabulary_size": 9},
             "vocabulary_size, target_vocabulary_size: expected none beside vocabulary",
         ),
+        (
+            lambda folder: {"do_train": False, "do_eval": False, "do_predict": False},
+            "expected --do_train, --do_eval, --do_predict or several, got none",
+        ),
         (lambda folder: {"max_train_samples": -1}, "max_train_samples: expected a whole number >= 1, got -1"),
         (lambda folder: {"max_eval_samples": 0}, "max_eval_samples: expected a whole number >= 1, got 0"),
         (lambda folder: {"average_checkpoints": 0}, "average_checkpoints: expected a whole number >= 1, got 0"),
