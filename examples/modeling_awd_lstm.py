@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -127,12 +128,15 @@ class WeightDropLSTM(nn.Module):
         """Return outputs `[texts, places, size]`, and hidden and cell state `[texts, size]` after the last place."""
         weight_hh = functional.dropout(self.weight_hh, self.weight_drop, self.training)
         weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
-        before = (hidden.unsqueeze(0).contiguous(), cell.unsqueeze(0).contiguous())
+        before = [hidden.unsqueeze(0).contiguous(), cell.unsqueeze(0).contiguous()]
         # cuDNN passes gradients back only where it runs as in training; there is no dropout of its own here.
         train = self.training or torch.is_grad_enabled()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as stack:
             if inputs.is_cuda:
                 warnings.filterwarnings("ignore", _COPIED)
+            elif inputs.device.type == "cpu":  # few have an LSTM in bfloat16
+                stack.enter_context(torch.autocast("cpu", enabled=False))
+                inputs, *before = (part.to(weight_hh.dtype) for part in (inputs, *before))
             outputs, hidden, cell = torch.lstm(inputs, before, weights, True, 1, 0.0, train, False, True)
         return outputs, hidden.squeeze(0), cell.squeeze(0)
 
