@@ -55,7 +55,8 @@ class ParameterDefenseMixin(_Base):
 
     The other methods that it overrides call the stock method and add to it: `log` the losses of the passes,
     `floating_point_ops` their operations, and `save_model` and `_push_from_checkpoint` the file `defense_config.json`.
-    `_inner_training_loop` and `_load_best_model` read from it how the weights were trained.
+    `_inner_training_loop` and `_load_best_model` read from it how the weights were trained; the latter and
+    `_load_from_checkpoint` load weights too that were saved under other names than the model's, as those of ViT are.
 
     Args:
         *args: For the Trainer.

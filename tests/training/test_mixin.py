@@ -13,7 +13,7 @@ from hf_parcor import ParameterDefenseMixin, ParameterDefenseTrainer, ParameterD
 
 OVERRIDDEN = {
     *("__init__", "training_step", "floating_point_ops", "log", "save_model"),
-    *("_push_from_checkpoint", "_load_best_model", "_inner_training_loop"),
+    *("_push_from_checkpoint", "_load_from_checkpoint", "_load_best_model", "_inner_training_loop"),
 }
 
 
