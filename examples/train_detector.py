@@ -27,7 +27,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
     DetrImageProcessor,
-    TrainerCallback,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -37,7 +36,14 @@ from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.evaluation.measurement import measure
-from hf_parcor.programs import check_something_is_done, measure_and_save, push_if_asked, read_arguments, train_and_save
+from hf_parcor.programs import (
+    NewEpoch,
+    check_something_is_done,
+    measure_and_save,
+    push_if_asked,
+    read_arguments,
+    train_and_save,
+)
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
 from hf_parcor.tasks.object_detection import detection_metric
 from hf_parcor.training import checkpoint_to_resume
@@ -133,17 +139,6 @@ class Flipped:
             x, y, width, height = one["bbox"]
             annotations.append({**one, "bbox": [image.width - x - width, y, width, height]})
         return {**example, "image": image, "annotations": annotations}
-
-
-class NewEpoch(TrainerCallback):
-    """Tells the examples which epoch begins: the data loader of a resumed epoch does not."""
-
-    def __init__(self, examples: Flipped) -> None:
-        self._examples = examples
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Draw anew, or as it was drawn when the epoch began that is resumed."""
-        self._examples.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class DetectionTrainer(ParameterDefenseTrainer):

@@ -38,7 +38,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
-    TrainerCallback,
     set_seed,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -46,7 +45,14 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
-from hf_parcor.programs import check_something_is_done, measure_and_save, push_if_asked, read_arguments, train_and_save
+from hf_parcor.programs import (
+    NewEpoch,
+    check_something_is_done,
+    measure_and_save,
+    push_if_asked,
+    read_arguments,
+    train_and_save,
+)
 from hf_parcor.tasks import ImageClassification, LabelledImages, Rows, decoded_images, load_rows
 from hf_parcor.training import checkpoint_to_resume
 
@@ -157,17 +163,6 @@ class ImageBatches(Dataset[Mapping[str, Tensor]]):
             mean, deviation = self._normalize
             pixels = (pixels.float() / 255 - mean) / deviation
         return [{"pixel_values": pixels, "labels": self._labels[chosen]}]
-
-
-class NewEpoch(TrainerCallback):
-    """Tells the images which epoch begins: the data loader of a resumed epoch does not."""
-
-    def __init__(self, images: ImageBatches) -> None:
-        self._images = images
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Draw anew, or as it was drawn when the epoch began that is resumed."""
-        self._images.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def whole_batch(batches: list[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:

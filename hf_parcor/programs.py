@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as logging_of_transformers
 
 from hf_parcor.arguments import check_count
@@ -97,6 +97,28 @@ def check_counts(settings: object, *names: str) -> None:
     for name in names:
         if getattr(settings, name) is not None:
             check_count(name, getattr(settings, name))
+
+
+class VariedByEpoch(Protocol):
+    """Data that is varied anew in each epoch, as the number of the epoch says."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Vary it as in an epoch."""
+
+
+class NewEpoch(TrainerCallback):
+    """Tells data which epoch begins: the data loader of a resumed epoch does not.
+
+    Args:
+        data: What is trained on.
+    """
+
+    def __init__(self, data: VariedByEpoch) -> None:
+        self._data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Vary the data anew, or as it was when the epoch began that is resumed."""
+        self._data.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def train_and_save(trainer: Trainer, checkpoint: str | None, robustness: RobustnessArguments, **counts: int) -> None:

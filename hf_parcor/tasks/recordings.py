@@ -16,7 +16,7 @@ from hf_parcor.evaluation.metrics.ctc import count_frames
 from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.tasks.audio import check_installed
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Example, in_precision
+from hf_parcor.tasks.task import Example
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,12 @@ class AudioCollator:
             if labels[0].ndim
             else torch.stack(labels)
         )
-        inputs = {name: value for name, value in found.items() if name in self._taken}
-        return {**in_precision(inputs, self._dtype), "labels": stacked}
+        inputs = {  # convolutions take numbers of their own precision alone
+            name: value.to(self._dtype) if value.is_floating_point() else value
+            for name, value in found.items()
+            if name in self._taken
+        }
+        return {**inputs, "labels": stacked}
 
 
 def _pads_to_the_longest(extractor: Any) -> bool:
@@ -135,7 +139,9 @@ def frames_heard(recordings: Recordings, model: Any) -> list[int] | None:
         return None
     lengths = recordings.lengths
     frames = count_frames(model, torch.tensor([round(seconds * recordings.rate) for seconds in lengths]))
-    for row, (count, seconds) in recordings.rows.numbered(zip(frames or (), lengths, strict=frames is not None)):
+    if frames is None:
+        return None
+    for row, (count, seconds) in recordings.rows.numbered(zip(frames, lengths, strict=True)):
         if not count:
             raise InputError(
                 f"{recordings.rows.source}: expected recordings of a frame of the model or more, got one of "

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-import torch
 import transformers
 from torch.utils.data import DataLoader
 
@@ -102,19 +101,6 @@ def load_configuration(name: str, revision: str | None = None, *, trust_remote_c
 def origin_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those settings of `from_pretrained` that say where a model is from: its revision, and its own code."""
     return {key: settings[key] for key in _OF_ORIGIN if key in settings}
-
-
-def in_precision(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return the inputs of a model, numbers with fractions in its own precision: layers of pixels and sound demand it.
-
-    Args:
-        inputs: By name.
-        dtype: That of the model's weights.
-    """
-    return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
 
 
 Example = dict[str, Any]
