@@ -13,8 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
     """Return the DDP wrapper of a model as the Trainer wrapped it; None if there is none."""
-    wrapped = getattr(model, "_orig_mod", model)  # of a compiled model
-    return wrapped if isinstance(wrapped, DistributedDataParallel) else None
+    # Of a model that is compiled as one it is inside; one that is compiled in regions is a wrapper itself, beside the
+    # one that it was made from, which no pass runs.
+    wrappers = (one for one in (model, getattr(model, "_orig_mod", None)) if isinstance(one, DistributedDataParallel))
+    return next(wrappers, None)
 
 
 def wrapped_by(model: nn.Module) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from functools import partial
 
@@ -67,11 +68,26 @@ class Normed(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class Blocks(nn.Module):
+    """BatchNorm in each of two blocks alike, which Accelerate compiles each by itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(2))
+        self.to(rank_device(), torch.float64)
+
+    def forward(self, x, labels):
+        for block in self.blocks:
+            x = block(x)
+        return {"loss": nn.functional.cross_entropy(x, labels), "logits": x}
+
+
 def rows_of(model):
     generator = torch.Generator().manual_seed(1)
     rows = []
     for _ in range(ROWS):
-        if isinstance(model, (Normed, Sometimes)):
+        if isinstance(model, (Normed, Blocks, Sometimes)):
             row = {"x": torch.randn(4, generator=generator, dtype=torch.float64)}
         else:
             row = {"input_ids": torch.randint(30, (8,), generator=generator)}
@@ -250,6 +266,7 @@ def test_random_corruptions_are_shared_or_not_as_asked(options):
 
 K2 = MultiStepRisk(L2, steps=2)
 TO_LAST = {"target_modules": LAST, "defense": K2}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager", "ddp_bucket_cap_mb": None}
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 REUSES = {
     "plain": (bert, TO_LAST),
@@ -264,6 +281,11 @@ REUSES = {
     "every second step": (bert, {**TO_LAST, "defense": SAM(L2, interval=2), "options": {"max_steps": 3}}),
     "uneven last batch": (bert, {**TO_LAST, "batch": 5, "options": {"max_steps": 6}}),
     "shared corruption": (bert, {**TO_LAST, "defense": MultiStepRisk(L2, steps=2, sync_perturbation=True)}),
+    "compiled in regions": (bert, {**TO_LAST, "options": {**COMPILED, "gradient_accumulation_steps": 3}}),
+    "compiled in regions, running statistics": (
+        Blocks,
+        {"defense": K2, "target_modules": ["blocks.1"], "options": {**COMPILED, "gradient_accumulation_steps": 2}},
+    ),
     "tied head": (gpt2, {**TO_LAST, "target_modules": "last-decoder-layer"}),
     "tied head, every parameter used": (gpt2, {**TO_LAST, "target_modules": "last-decoder-layer", "ddp": FREE}),
 }
@@ -275,8 +297,10 @@ def cannot_be_cut(*args, **settings):
 
 def every_reuse():
     runs = {}
+    os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
     for name in cases_here(list(REUSES), ["plain", "sam on a part", "accumulation", "shared corruption", "tied head"]):
         build, settings = REUSES[name]
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # which stays as a run has set it
         runs[name] = [train(build, **settings, reuse_prefix=reuse) for reuse in (True, False)]
         runs[name].append(train(build, tf.Trainer, **settings))
     if distributed.get_rank() == 1:
@@ -302,6 +326,7 @@ def test_a_shared_prefix_changes_nothing_and_costs_no_reduction(reuses, subtests
                 for key, gradients in enumerate(full["gradients"]):
                     torch.testing.assert_close(reused["gradients"][key], gradients, rtol=1e-9, atol=1e-12)
                 torch.testing.assert_close(reused["weights"], full["weights"], rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(reused["buffers"], full["buffers"], rtol=1e-9, atol=1e-12)
                 assert sum(reused["reduced"]) == sum(stock["reduced"])
                 assert len(reused["reduced"]) <= len(stock["reduced"]) + further
             first, second = (rank[name][0]["weights"] for rank in reuses)
