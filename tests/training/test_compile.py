@@ -70,7 +70,9 @@ class Counting:
 
 class TestCompile:
     @pytest.fixture(autouse=True)
-    def fresh_compiler(self):
+    def fresh_compiler(self, monkeypatch):
+        """Transformers leaves the backend in the environment, and every training after it would be compiled."""
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
         torch.compiler.reset()
         yield
         torch.compiler.reset()
