@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
     """Return the DDP wrapper of a model as the Trainer wrapped it; None if there is none."""
-    # Of a model that is compiled as one it is inside; one that is compiled in regions is a wrapper itself, beside the
-    # one that it was made from, which no pass runs.
-    wrappers = (one for one in (model, getattr(model, "_orig_mod", None)) if isinstance(one, DistributedDataParallel))
-    return next(wrappers, None)
+    # One that is compiled as one tells by its forward what it runs: Accelerate's unwrap_model leaves it with an
+    # _orig_mod without DDP. One that is compiled in regions is a wrapper itself, made from another that no pass runs.
+    runs = unwrap(model.forward)
+    found = (one for one in (model, getattr(runs, "__self__", runs)) if isinstance(one, DistributedDataParallel))
+    return next(found, None)
 
 
 def wrapped_by(model: nn.Module) -> nn.Module | None:

@@ -96,7 +96,7 @@ class DefendedBackward:
         _check_arguments(accelerator, defense, model, parameters)
         check_all_joined(accelerator.num_processes)
         self._accelerator, self._defense, self._model = accelerator, defense, model
-        self._whole = accelerator.unwrap_model(model)
+        self._whole = accelerator.unwrap_model(model, keep_torch_compile=False)
         refuse_engines(accelerator, self._whole, defense)
         if is_sharded(self._whole):
             drop_gathered(self._whole)

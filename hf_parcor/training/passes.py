@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_parcor.batches import count_first, first_examples, items_of_part, private_copy, repeat_first_examples
 from hf_parcor.defenses import Defense, Objective
-from hf_parcor.distributed.ddp import unfinished_forward, wrapped_by
+from hf_parcor.distributed.ddp import data_parallel, unfinished_forward, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.model_state import StepBuffers, devices_of, modules_of, train_without_walk
 from hf_parcor.overriding import counters_kept, override, overriding
@@ -137,13 +137,14 @@ class Passes(ABC):
     @contextmanager
     def _reducing_at_the_end(self, index: int) -> Iterator[None]:
         """Let DDP reduce no gradients in a pass that is not the last."""
+        reducing = data_parallel(self.model) or self.model
         if is_sharded(self.model):  # FSDP2 reduces in every pass
             yield
         elif index < 0:
-            with self.accelerator.no_sync(self.model), unfinished_forward(self.model):
+            with self.accelerator.no_sync(reducing), unfinished_forward(self.model):
                 yield
         elif self._prefix is not None or index < self.defense.passes - 1:
-            with self.accelerator.no_sync(self.model):
+            with self.accelerator.no_sync(reducing):
                 yield
         else:
             yield

@@ -70,10 +70,12 @@ def refused_under_fsdp() -> None:
             defended_backward(fsdp2(version), defense, network(), lambda: torch.zeros(()))
 
 
-def loop(name: str) -> tuple[list[torch.Tensor], int]:
+def loop(name: str, unwrapped: bool = False, **settings: Any) -> tuple[list[torch.Tensor], int]:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION, **settings)
     model, rank, reductions = accelerator.prepare(network()), distributed.get_rank(), []
 
     def counted(state, bucket):
@@ -82,6 +84,8 @@ def loop(name: str) -> tuple[list[torch.Tensor], int]:
         return averaged.then(lambda done: done.value()[0])
 
     model.register_comm_hook(None, counted)
+    if unwrapped:
+        accelerator.unwrap_model(model)
     for micro_batch in range(ACCUMULATION):
         inputs, labels = batch(rank, micro_batch)
         with accelerator.accumulate(model):
@@ -115,6 +119,7 @@ def example() -> float:
 def every_loop() -> dict[str, Any]:
     found: dict[str, Any] = {"example": example()}
     found |= {f"DDP, {name}": loop(name) for name in DEFENSES}
+    found |= {f"compiled, {seen}": loop("multi-step", seen, dynamo_backend="eager") for seen in (False, True)}
     found |= {f"FSDP2, {name}": sharded_loop(name) for name in DEFENSES}
     refused_under_fsdp()
     return found
@@ -133,6 +138,17 @@ def test_one_all_reduce_of_the_mean_of_the_risks(loops, name):
         found, reductions = rank[f"DDP, {name}"]
         assert reductions == 1
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_compiled_as_one_it_is_the_loop_that_is_not_compiled(loops, unwrapped):
+    """Accelerate loses sight of DDP where it unwraps what is compiled, and reduces each micro-batch, stock too."""
+    for rank in loops:
+        gradients, reductions = rank[f"compiled, {unwrapped}"]
+        expected, once = rank["DDP, multi-step"]
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+        assert reductions == (ACCUMULATION if unwrapped else 1) * once
 
 
 @pytest.mark.parametrize("name", DEFENSES)
