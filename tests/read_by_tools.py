@@ -22,7 +22,14 @@ TOKENS = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 10, 11, 3, 5, 7]])
 
 
 def loaded(folder: str, **settings: Any) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+    (kind,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    return getattr(transformers, kind).from_pretrained(folder, **settings).eval()
+
+
+def answers(model: nn.Module) -> Tensor:
+    both = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(TOKENS, **both).logits
 
 
 def torchao_quantize(case: dict[str, str]) -> nn.Module:
@@ -83,8 +90,7 @@ def made(case: dict[str, str]) -> dict[str, Any]:
             weights[place], of_tool = read_back(module, weight)
             weights[place] = weights[place].clone()
             quantized += [place] if of_tool else []
-    with torch.no_grad():
-        return {"weights": weights, "quantized": quantized, "logits": model(TOKENS).logits}
+    return {"weights": weights, "quantized": quantized, "logits": answers(model)}
 
 
 TOOLS = {

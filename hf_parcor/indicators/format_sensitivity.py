@@ -222,6 +222,7 @@ def sensitivity(
             and not any(one is module.weight for one in together.values())
         ),
         loaded_part=_loaded_part(model),
+        kept_in_float=_kept_in_float(model),
         unused=unused,
         kinds=_kinds(model, together.values()),
         data=data,
@@ -425,6 +426,12 @@ def _loaded_part(model: nn.Module) -> str:
     if class_of(model).__name__ != "SentenceTransformer":
         return ""
     return next((name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), "")
+
+
+def _kept_in_float(model: nn.Module) -> tuple[str, ...]:
+    """Return the names, or patterns of them, that Transformers' quantizers add to those that they are told to skip."""
+    loaded = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    return tuple(sorted(loaded._keep_in_fp32_modules or ())) if loaded is not None else ()
 
 
 def _class_name(module: nn.Module) -> str:

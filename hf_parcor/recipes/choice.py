@@ -520,6 +520,7 @@ def _record(
         estimated=sum(reference not in cell.measured for cell in cells),
         outside=scores.outside,
         loaded_part=scores.loaded_part,
+        kept_in_float=scores.kept_in_float,
     )
     of_base = {cell.group: cell.bits for cell in scores.cells if cell.format == record.base}
     return replace(record, bits_of_base=of_base)

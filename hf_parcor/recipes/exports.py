@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_parcor.corruptions import FloatQuantization
 from hf_parcor.recipes.measured import format_of
@@ -205,7 +206,8 @@ def torchao_settings(record: RecipeRecord) -> dict[str, Any]:
         "quant_method": "torchao",
         "quant_type": {"default": _ao("FqnToConfig", 1, fqn_to_config=by_module)},
         # Of parameters: else Transformers leaves out heads and tied weights, and takes biases, whatever has an entry.
-        "modules_to_not_convert": [".bias"],
+        # And what is no module's, as the `final_logits_bias` of BART and Marian: there it looks for a dot.
+        "modules_to_not_convert": [".bias", "[^.]*$"],
     }
 
 
@@ -250,6 +252,9 @@ def _torchao(label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _notes_on_torchao(record: RecipeRecord) -> Iterator[str]:
     if any(held.format == _NVFP4 for held in _held(record)):
         yield "refuses NVFP4 of weights whose rows are no multiple of 16, as of a small head: leave these out"
+    kept = [name for name in _quantized(record, "torchao", derived=False) if _is_kept(record, f"{name}.weight")]
+    if kept:
+        yield f"leaves in float what Transformers keeps so where from_pretrained quantizes: {_some(kept)}"
 
 
 def _ao(kind: str, version: int, **data: Any) -> dict[str, Any]:
@@ -298,7 +303,17 @@ def bitsandbytes_settings(record: RecipeRecord) -> dict[str, Any]:
 
 def _in_nf4(record: RecipeRecord, held: _Held) -> bool:
     """Say whether bitsandbytes quantizes a weight: exactly these classes, and no forward pass survives it if tied."""
-    return _is_small(record, held) and len(held.holders) == 1 and {*held.holders.values()} <= {"", "Linear", "Conv1D"}
+    return (
+        _is_small(record, held)
+        and len(held.holders) == 1
+        and {*held.holders.values()} <= {"", "Linear", "Conv1D"}
+        and not any(_is_kept(record, name) for name in held.holders)
+    )
+
+
+def _is_kept(record: RecipeRecord, name: str) -> bool:
+    """Say whether Transformers leaves a module or weight of the loaded part as it is, whatever a tool is told."""
+    return not should_convert_module(name, list(record.kept_in_float))  # type: ignore[no-untyped-call]
 
 
 def _is_small(record: RecipeRecord, held: _Held) -> bool:

@@ -66,6 +66,7 @@ class RecipeRecord(StoredRecord):
         pairs: Pairs of groups that were measured together; see `measure_pairs`.
         outside: As in `SensitivityRecord`.
         loaded_part: As in `SensitivityRecord`.
+        kept_in_float: As in `SensitivityRecord`.
         notes: Remarks in sentences.
         bits_of_base: The bits a weight that each group would take in the format of most weights, if that fits it;
             empty in older records.
@@ -93,6 +94,7 @@ class RecipeRecord(StoredRecord):
     pairs: tuple[PairCost, ...] = ()
     outside: tuple[str, ...] = ()
     loaded_part: str = ""
+    kept_in_float: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     bits_of_base: Mapping[str, float] = field(default_factory=dict)
     format: int = FORMAT

@@ -116,6 +116,8 @@ class SensitivityRecord(StoredRecord):
         outside: The linear modules that are in no group, and so stay as they are.
         loaded_part: The name of the part of the model that Transformers loads by itself, such as "0.model" of one of
             sentence-transformers; "" for all of it.
+        kept_in_float: Modules of that part, or patterns of names, that Transformers leaves as they are where it loads
+            and quantizes a model: the `wo` of T5.
         unused: Groups that are left out, since the data do not use them: the loss does not depend on them, and nothing
             that was measured changes with them.
         kinds: For each class of modules that hold matrices: how many are in a group, and how many there are; empty in
@@ -159,6 +161,7 @@ class SensitivityRecord(StoredRecord):
     parameters: int = 0
     outside: tuple[str, ...] = ()
     loaded_part: str = ""
+    kept_in_float: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     kinds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     data: str = ""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from read_by_tools import TOKENS
+from read_by_tools import TOKENS, answers
 from torch import Tensor, nn
 
 from hf_parcor import FloatQuantization, Quantization, RecipeRecord, export_recipe, sensitivity
@@ -43,11 +43,26 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, **sizes))
 
 
+def t5() -> nn.Module:
+    sizes = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def marian() -> nn.Module:
+    of_both = {"layers": 1, "attention_heads": 2, "ffn_dim": 128}
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in of_both.items()}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "max_position_embeddings": 16}
+    return transformers.MarianMTModel(transformers.MarianConfig(vocab_size=64, d_model=64, **special, **sizes))
+
+
 MODELS = {
     "llama": llama,
     "biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "tied": lambda: llama(tie_word_embeddings=True),
     "gpt2": gpt2,
+    "t5": t5,
+    "marian": marian,
     "72 words": lambda: llama(vocab_size=72),
 }
 
@@ -83,9 +98,8 @@ class Case:
         with torch.no_grad():
             for name, weight in rounded.items():
                 weights[name].copy_(weight)
-            logits = self.model(TOKENS).logits
         every = self.model.named_parameters(remove_duplicate=False)
-        return {name: weight.detach().clone() for name, weight in every}, logits
+        return {name: weight.detach().clone() for name, weight in every}, answers(self.model)
 
     def by(self, tool: str, name: str) -> dict[str, str]:
         paths = {"model": self.folder / "model", "file": self.folder / "plan" / name}
@@ -109,7 +123,8 @@ def recipe_of(model: nn.Module, formats: list[Format], given: dict[str, Any] | l
         else Choice(str(each[name]), scores.by_place[name, str(each[name])].bits)
         for name in scores.groups
     }
-    return RecipeRecord("m", scores.groups, scores.formats, choice, outside=scores.outside)
+    kept = {"outside": scores.outside, "kept_in_float": scores.kept_in_float}
+    return RecipeRecord("m", scores.groups, scores.formats, choice, **kept)
 
 
 def read(*cases: dict[str, str]) -> list[dict[str, Any]]:
@@ -150,6 +165,7 @@ def test_torchao_makes_the_model_of_the_recipe_heads_and_tied_weights_included(t
         Case(tmp_path / "biases", "biases", formats),
         Case(tmp_path / "head", "llama", {"lm_head": FOUR}),
         Case(tmp_path / "words", "gpt2", {"transformer.wte": EIGHT}),
+        Case(tmp_path / "bias of the answer", "marian", {"model.encoder.layers.0.fc1": FOUR}),
     ]
     asked = [(case, tool) for case in cases for tool in ("torchao", "torchao, from_pretrained")]
     refused = Case(tmp_path / "72 rows", "72 words", {"lm_head": NVFP4})
@@ -169,6 +185,11 @@ def test_bitsandbytes_quantizes_what_it_can_and_the_others_are_said(tmp_path) ->
         Case(tmp_path / "head", "llama", {"lm_head": NF4}),
         Case(tmp_path / "tied", "tied", [NF4, NF4, None]),
         Case(tmp_path / "gpt2", "gpt2", [NF4]),
+        Case(
+            tmp_path / "kept in float",
+            "t5",
+            {f"encoder.block.0.layer.1.DenseReluDense.{n}": NF4 for n in ("wi", "wo")},
+        ),
     ]
     found = read(*(case.by("bitsandbytes", "bitsandbytes.yaml") for case in cases))
     for case, one in zip(cases, found, strict=True):
