@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import transformers
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from hf_parcor.errors import InputError, nearest, one_line
@@ -43,7 +44,14 @@ def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
         raise InputError(
             f"{what}: expected the libraries that {name!r} needs, got an {one_line(error)}; install them"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError(
+            f"{what}: expected weights of the shapes that the configuration says, got others in {name!r}, which the "
+            "report above names; save configuration and weights together"
+        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if settings.get("device_map") is not None and "device_map" in str(error):
             raise InputError(
                 f"device_map: expected one that the model can be loaded onto, got {settings['device_map']} "
@@ -69,14 +77,23 @@ def load_processing(what: str, loader: Any, name: str, **settings: Any) -> Any:
         **settings: As in `load_pretrained`; the revision is the adapter's own.
 
     Raises:
-        InputError: As in `load_pretrained`.
+        InputError: As in `load_pretrained`; or a tokenizer has no vocabulary.
     """
     adapter = Adapter.found(name, settings.get("revision"))
     if adapter is not None and not adapter.has_processor:
         base, revision = adapter.base
         if base:
             name, settings = base, {**settings, "revision": revision}
-    return load_pretrained(what, loader, name, **settings)
+    found = load_pretrained(what, loader, name, **settings)
+    tokenizer = getattr(found, "tokenizer", found)
+    if isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        words = set(tokenizer.get_vocab()).difference(tokenizer.all_special_tokens)
+        if len(words) < 2:  # Transformers makes one of special tokens where there is no file; that of T5 has a space
+            raise InputError(
+                f"{what}: expected one with a vocabulary, got that of {name!r} without, to which all words are one; "
+                "save the tokenizer beside the model, with its save_pretrained"
+            )
+    return found
 
 
 def load_configuration(name: str, revision: str | None = None, *, trust_remote_code: bool | None = None) -> Any:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from for_each import for_each
 from local_models import SAVED, SENTENCES, save_bert, save_gpt2, write_rows, write_tags, write_texts
+from safetensors.torch import load_file, save_file
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
@@ -49,6 +50,15 @@ def files(tmp_path, classifier_folder, sentences):
     shutil.copytree(classifier_folder, tmp_path / "broken")
     broken.save_pretrained(tmp_path / "broken")
     no_labels = write_rows(tmp_path / "test.tsv", ["sentence", "label"], [(text, -1) for text in SENTENCES])
+    weights = load_file(Path(classifier_folder) / "model.safetensors")
+    for name, changed in {
+        "turned": {**weights, "classifier.weight": weights["classifier.weight"].mT.contiguous()},
+    }.items():
+        shutil.copytree(classifier_folder, tmp_path / name)
+        save_file(changed, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(classifier_folder, tmp_path / "pointer")
+    (tmp_path / "pointer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    shutil.copytree(classifier_folder, tmp_path / "wordless", ignore=shutil.ignore_patterns("*token*"))
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("seed: [1\n")
     (tmp_path / "typo.yaml").write_text("strength: [0.1]\n")
@@ -119,6 +129,9 @@ MISTAKES = [
     ("probe broken-adapter --dataset DATA", "broken-adapter/adapter_config.json: JSON"),
     ("probe broken-encoder --dataset DATA", "model: broken-encoder config_sentence_transformers.json JSON"),
     ("probe listed-encoder --dataset DATA", "model: listed-encoder config_sentence_transformers.json JSON"),
+    ("probe pointer --dataset DATA", "model: pointer SafetensorError"),
+    ("probe turned --dataset DATA", "model: weights shapes configuration turned"),
+    ("probe wordless --dataset DATA", "tokenizer: vocabulary wordless"),
     ("probe BODY --dataset DATA", "model: head text-classification"),
     ("probe TAGGER --task text-classification --dataset DATA", "model: head text-classification"),
     ("probe nobody/nothing --dataset DATA", "model: nobody/nothing"),
