@@ -18,6 +18,7 @@ from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, load_pretrained, task_named, task_of
+from hf_parcor.tasks.adapters import Adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,24 +123,32 @@ def other_models(arguments: argparse.Namespace, subject: Subject) -> list[Interp
 
 
 def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> Mapping[str, Tensor]:
-    """Return the weights of another model by name: of a GGUF file in floating point, of an adapter merged."""
+    """Return the weights of another model by name: of a GGUF file in floating point, of an adapter merged.
+
+    Those that its files lack, which Transformers draws at random, are left out.
+    """
+    from transformers import PreTrainedModel
+
     if Path(name).suffix == GGUF:
         kind, file = type(subject.model), Path(name)
         of_file = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         loader = SimpleNamespace(
             __name__=kind.__name__, from_pretrained=lambda _, **settings: kind.from_pretrained(**of_file, **settings)
         )
-        model = load_pretrained("towards", loader, name, dtype=arguments.dtype)
+        tells = True
+        loaded = load_pretrained("towards", loader, name, dtype=arguments.dtype, output_loading_info=tells)
     else:
         name, revision = _with_revision(name)
         task = task_named(subject.task)
         origin = {"revision": revision, "trust_remote_code": arguments.trust_remote_code}
         check_head(task, name, **origin)
-        model = task.load_model(name, to_train=True, **origin, dtype=arguments.dtype)
-        if hasattr(model, "merge_and_unload"):  # an adapter, around what it belongs to
-            model = model.merge_and_unload()
-    weights: Mapping[str, Tensor] = model.state_dict()
-    return weights
+        tells = isinstance(subject.model, PreTrainedModel) and Adapter.found(name, revision) is None
+        settings = {**origin, "dtype": arguments.dtype, "output_loading_info": tells}
+        loaded = task.load_model(name, to_train=True, **settings)
+    model, lacked = (loaded[0], loaded[1]["missing_keys"]) if tells else (loaded, ())
+    if hasattr(model, "merge_and_unload"):  # an adapter, around what it belongs to
+        model = model.merge_and_unload()
+    return {key: weight for key, weight in model.state_dict().items() if key not in lacked}
 
 
 def _with_revision(name: str) -> tuple[str, str]:

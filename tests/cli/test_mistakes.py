@@ -52,6 +52,7 @@ def files(tmp_path, classifier_folder, sentences):
     no_labels = write_rows(tmp_path / "test.tsv", ["sentence", "label"], [(text, -1) for text in SENTENCES])
     weights = load_file(Path(classifier_folder) / "model.safetensors")
     for name, changed in {
+        "partial": {key: weight for key, weight in weights.items() if "layer.1.output" not in key},
         "turned": {**weights, "classifier.weight": weights["classifier.weight"].mT.contiguous()},
     }.items():
         shutil.copytree(classifier_folder, tmp_path / name)
@@ -228,6 +229,7 @@ MISTAKES = [
     (f"{PROBE} --towards MODEL --norm inf", "--norm: inf"),
     (f"{PROBE} --recipe bits=8 --towards MODEL", "--towards: formats --recipe"),
     (f"{PROBE} --quick --towards MODEL --shares 1", "--towards: formats --quick"),
+    (f"{PROBE} --towards partial", "--towards: none 'partial' for 4 of 16, layer.1.output.dense.weight"),
     (f"{PROBE} --towards WIDE", "--towards: shape (20, 8) instead (16, 8)"),
     (f"{PROBE} --seed 4294967296", "--seed: 4294967295 4294967296"),
     # groups and targets
