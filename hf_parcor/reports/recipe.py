@@ -264,11 +264,15 @@ def recipe_in_short(
 
 
 def _size(told: _Told) -> str:
-    """Return how many bits the recipe takes, and whether costs add up."""
+    """Return how many bits the recipe takes, of how many weights, and whether costs add up."""
     recipe, row = told.recipe, told.rows.get(RECIPE)
     budget = ", ".join(f"{name} {short(value)}" for name, value in recipe.budget.items())
-    size = f"It takes {recipe.bits:.2f} bits a weight, scales included" + (
-        f" (asked for: {budget})." if budget else "."
+    asked = f" (asked for: {budget})" if budget else ""
+    within = sum(group.parameters for group in told.scores.groups.values())
+    share = f" of {told.scores.parameters:,}" if told.scores.parameters else ""
+    size = (
+        f"It takes {recipe.bits:.2f} bits a weight, scales included{asked}, in {within:,}{share} weights: all others "
+        "stay as they are, and are not counted."
     )
     together = ""
     if told.metric in recipe.expected and recipe.base is not None:
@@ -319,12 +323,8 @@ def _bits(row: CorruptionRecord) -> float:
 
 def _notes(told: _Told, measured: EvaluationRecord | None, files: Collection[str] | None) -> list[str]:
     scores = told.scores
-    within = sum(group.parameters for group in scores.groups.values())
-    share = f" of {scores.parameters:,}" if scores.parameters else ""
     count = sum(bool(cell.measured) for cell in scores.cells)
     said = [
-        f"Looked at: {within:,}{share} weights in {len(scores.groups)} parts. All others, and vectors such as biases, "
-        "stay as they are and are not counted in bits.",
         f"{count} of {len(scores.cells)} parts in a format were measured"
         + ("." if count == len(scores.cells) else ", those with the largest Fisher scores; the others are estimated."),
     ]

@@ -79,6 +79,11 @@ def test_the_answer_names_what_is_spared_and_what_either_way_costs() -> None:
     assert "−0.4 points" in worse, "what adds up, and what was measured"
 
 
+def test_the_answer_says_how_much_of_the_model_it_is_about() -> None:
+    """Also on a terminal: of a mixture of experts the linear modules are a tenth, and "everything" means them."""
+    assert "in 12,000 of 20,000 weights: all others stay as they are" in " ".join(str(report()).split())
+
+
 def test_the_heat_map_shows_what_the_recipe_was_chosen_by(tmp_path) -> None:
     """Accuracies of single parts are chance; a divergence that was measured is what the parts are coloured by."""
     scores = scores_of(one_weak_part)
