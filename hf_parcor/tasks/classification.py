@@ -228,6 +228,12 @@ class Classification(Task):
         if problem is Problem.NUMBERS:
             return {"num_labels": 1, "problem_type": problem.value}
         names = classes_of(columns)
+        if problem is Problem.CLASSES and len(names) < 2:
+            rows, column = columns[0]
+            raise InputError(
+                f"{rows.source}: expected two classes or more, got {names[0]!r} alone in column {column!r}; name "
+                "another column, or other data"
+            )
         numbers = {name: number for number, name in enumerate(names)}
         said = {} if problem is Problem.CLASSES else {"problem_type": problem.value}
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers, **said}
@@ -272,6 +278,8 @@ class Classification(Task):
             )
         if problem is Problem.NUMBERS:
             return numbers_of(rows, column, f"for a model of {problem.value}", len(config.label2id))
+        if problem is Problem.LABELS:
+            _check_no_vectors(rows, column)
         labels = class_numbers(rows, column, config.label2id)
         if problem is Problem.LABELS:
             chosen = [{*label} if isinstance(label, list) else {label} for label in labels]
@@ -283,6 +291,22 @@ class Classification(Task):
                     f"{row}; name another column, or leave such rows out"
                 )
         return labels
+
+
+def _check_no_vectors(rows: Rows, column: str) -> None:
+    """Refuse a 0 or a 1 for each class, as a Trainer takes them: here a 1 in a list is the class of that number.
+
+    Raises:
+        InputError: A row has such a list.
+    """
+    for row, value in rows.numbered(rows.column(column)):
+        labels = _of_row(value)
+        if all(label in (0, 1) for label in labels) and len({*labels}) < len(labels):
+            with_1 = [place for place, label in enumerate(labels) if label]
+            raise InputError(
+                f"{rows.source}: expected the classes of each row by their names or numbers, got {value!r} in column "
+                f"{column!r}, row {row}; write {with_1}, which have the 1"
+            )
 
 
 def problem_of_model(config: Any) -> Problem:

@@ -89,6 +89,7 @@ def test_several_numbers(tmp_path):
             r"expected 2 numbers in each row.* got \[3\]",
         ),
         (SEVERAL, [[0], [7]], "expected a label of the model"),
+        (SEVERAL, [[2], [1.0, 0.0, 1.0]], r"names or numbers, got \[1.0, 0.0, 1.0\] .* row 2; write \[0, 2\]"),
         ({"num_labels": 2}, [[0], [0, 1]], "expected one label in each row, got 2"),
     ],
 )
@@ -142,3 +143,9 @@ def test_what_a_new_head_is_made_for(labels, problem, count):
     assert ("id2label" in settings) is (problem != "regression")
     words = TASKS["token-classification"].head_settings([(rows_of([["a"], ["a", "b"]]), {"label": "label"})])
     assert "problem_type" not in words
+
+
+def test_a_new_head_for_one_class_is_refused():
+    """Transformers takes a head with one label for a regression."""
+    with pytest.raises(InputError, match="expected two classes or more, got 'good' alone in column 'label'"):
+        TASK.head_settings([(rows_of(["good", "good"]), {"label": "label"})])
