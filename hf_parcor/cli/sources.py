@@ -45,6 +45,11 @@ def check_sources(arguments: argparse.Namespace) -> None:
     _check_windows(arguments)
     _check_lm_eval(arguments)
     _check_loading(arguments)
+    if arguments.revision != "main" and Path(arguments.model).exists():
+        raise InputError(
+            f"--revision: expected a model on the Hub with it, got {arguments.revision!r} beside the folder "
+            f"{arguments.model}; leave it out: a folder has none"
+        )
     _check_model(arguments.model, arguments.revision)
     sources = {name: source for name in (_DATASET, "train_dataset") if (source := getattr(arguments, name, None))}
     for name, source in sources.items():

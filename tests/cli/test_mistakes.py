@@ -139,6 +139,7 @@ MISTAKES = [
     ("probe EMPTY --dataset DATA", "model: folder"),
     ("probe --dataset DATA", "model: none"),
     ("probe MODEL", "--dataset: none"),
+    (f"{PROBE} --revision v1", "--revision: Hub 'v1' folder leave"),
     # data
     ("probe MODEL --dataset nowhere.tsv", "nowhere.tsv"),
     ("probe MODEL --dataset nobody/nothing", "nobody/nothing"),
