@@ -219,11 +219,6 @@ def main() -> None:
     training.remove_unused_columns = False  # the collator needs them all
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training
-    if training.do_train and data.flip and training.dataloader_persistent_workers:
-        raise ValueError(
-            "dataloader_persistent_workers: expected workers that begin anew in each epoch, got some that live on, "
-            "and mirror what they did in the first one; leave the flag out, or pass --flip false"
-        )
 
     splits = load_splits(data)
     columns = {split: TASK.find_columns(rows, {}) for split, rows in splits.items()}

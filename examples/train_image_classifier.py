@@ -241,11 +241,6 @@ def main() -> None:
         check_something_is_done(training)
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training
-    if training.do_train and training.dataloader_persistent_workers:
-        raise ValueError(
-            "dataloader_persistent_workers: expected workers that begin anew in each epoch, got some that live on, "
-            "with the shifts and mirrors of the first one; leave the flag out"
-        )
 
     asked = {"train": training.do_train, "validation": training.do_eval}
     splits = load_data(data, [split for split, needed in asked.items() if needed] or ["validation"], training.seed)

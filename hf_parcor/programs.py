@@ -116,6 +116,18 @@ class NewEpoch(TrainerCallback):
     def __init__(self, data: VariedByEpoch) -> None:
         self._data = data
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse workers that would not hear of a new epoch.
+
+        Raises:
+            ValueError: They live on from one to the next.
+        """
+        if args.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers: expected workers that begin anew in each epoch, got some that live "
+                "on, and vary the data as in the first one; leave the flag out"
+            )
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Vary the data anew, or as it was when the epoch began that is resumed."""
         self._data.set_epoch(int((state.epoch or 0) + 1e-6))
