@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_parcor.arguments import check_count, check_real
 from hf_parcor.batches import first_examples, private_copy
 from hf_parcor.defenses import Defense, Objective, check_defense
+from hf_parcor.distributed.ddp import data_parallel
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
 from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.injection import CorruptionNorm
@@ -135,7 +136,8 @@ class DefendedBackward:
 
         Raises:
             ValueError: `epoch` or `step` is missing or negative; `batch` is missing although the defense has a
-                `batch_share`; or a hook takes a gradient inside `backward`.
+                `batch_share`; a hook takes a gradient inside `backward`; or processes share a corruption with
+                `sync_perturbation` inside `join_uneven_inputs`.
             TypeError: `loss_fn` is a loss instead of a function, or does not return a scalar tensor.
         """
         defense = self._defense
@@ -148,6 +150,13 @@ class DefendedBackward:
             raise ValueError(
                 "batch: expected the batch for a defense with batch_share below 1, got None; call "
                 "backward(loss_fn, batch) with a loss_fn that takes it, or set batch_share to 1"
+            )
+        wrapper = data_parallel(self._model)
+        if wrapper is not None and wrapper._join_config.enable and getattr(defense, "sync_perturbation", False):
+            raise ValueError(
+                "sync_perturbation: expected False inside join_uneven_inputs (PyTorch's Join), got True; a process "
+                "without a batch left finds no corruption with the others, which would wait for it: leave it out, or "
+                "the block, since Accelerate makes batches even by itself"
             )
         active = _is_active(defense, epoch, step)
         IdleLoop.of(self._accelerator).count(defense, active=active, epoch=epoch)

@@ -10,7 +10,15 @@ from longhand import longhand
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 
-from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, defended_backward, select_parameters
+from hf_parcor import (
+    SAM,
+    CorruptionConstraint,
+    DefendedBackward,
+    GradientPenalty,
+    MultiStepRisk,
+    defended_backward,
+    select_parameters,
+)
 from hf_parcor.distributed.dtensors import local_part
 
 pytestmark = pytest.mark.slow  # ranks are processes of their own
@@ -70,6 +78,30 @@ def refused_under_fsdp() -> None:
             defended_backward(fsdp2(version), defense, network(), lambda: torch.zeros(()))
 
 
+def uneven(name: str) -> list[torch.Tensor]:
+    """Train where rank 1 has a batch less; the weights in the end."""
+    from accelerate import Accelerator
+    from torch.distributed.algorithms.join import Join
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward = DefendedBackward(accelerator, DEFENSES[name], model)
+    with Join([model]):
+        for micro_batch in range(3 - distributed.get_rank()):
+            backward(
+                lambda given: cross_entropy(model(given[0]), given[1]), batch(distributed.get_rank(), micro_batch)
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def shared_is_refused_where_batches_are_uneven() -> None:
+    with pytest.raises(ValueError, match="sync_perturbation: expected False inside join_uneven_inputs"):
+        uneven("shared")
+
+
 def loop(name: str, unwrapped: bool = False, **settings: Any) -> tuple[list[torch.Tensor], int]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -117,7 +149,8 @@ def example() -> float:
 
 
 def every_loop() -> dict[str, Any]:
-    found: dict[str, Any] = {"example": example()}
+    found: dict[str, Any] = {"example": example(), "uneven": uneven("multi-step")}
+    shared_is_refused_where_batches_are_uneven()
     found |= {f"DDP, {name}": loop(name) for name in DEFENSES}
     found |= {f"compiled, {seen}": loop("multi-step", seen, dynamo_backend="eager") for seen in (False, True)}
     found |= {f"FSDP2, {name}": sharded_loop(name) for name in DEFENSES}
@@ -149,6 +182,11 @@ def test_compiled_as_one_it_is_the_loop_that_is_not_compiled(loops, unwrapped):
         expected, once = rank["DDP, multi-step"]
         torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
         assert reductions == (ACCUMULATION if unwrapped else 1) * once
+
+
+def test_ranks_that_run_out_of_batches_leave_the_others_training(loops):
+    first, second = (rank["uneven"] for rank in loops)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", DEFENSES)
