@@ -251,7 +251,10 @@ def _torchao(label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _notes_on_torchao(record: RecipeRecord) -> Iterator[str]:
     if any(held.format == _NVFP4 for held in _held(record)):
-        yield "refuses NVFP4 of weights whose rows are no multiple of 16, as of a small head: leave these out"
+        yield (
+            "refuses NVFP4 of weights in float16, and of those whose rows are no multiple of 16, as of a small head: "
+            "leave these out"
+        )
     kept = [name for name in _quantized(record, "torchao", derived=False) if _is_kept(record, f"{name}.weight")]
     if kept:
         yield f"leaves in float what Transformers keeps so where from_pretrained quantizes: {_some(kept)}"
@@ -313,7 +316,7 @@ def _in_nf4(record: RecipeRecord, held: _Held) -> bool:
 
 def _is_kept(record: RecipeRecord, name: str) -> bool:
     """Say whether Transformers leaves a module or weight of the loaded part as it is, whatever a tool is told."""
-    return not should_convert_module(name, list(record.kept_in_float))  # type: ignore[no-untyped-call]
+    return not should_convert_module(name, list(record.kept_in_float))
 
 
 def _is_small(record: RecipeRecord, held: _Held) -> bool:
