@@ -125,9 +125,12 @@ def other_models(arguments: argparse.Namespace, subject: Subject) -> list[Interp
 def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> Mapping[str, Tensor]:
     """Return the weights of another model by name: of a GGUF file in floating point, of an adapter merged.
 
-    Those that its files lack, which Transformers draws at random, are left out.
+    Those that its files lack, which Transformers draws at random, are left out; and those that are tied in what is
+    measured, and not in the other model.
     """
     from transformers import PreTrainedModel
+
+    from hf_parcor.corruptions.interpolation import dequantized
 
     if Path(name).suffix == GGUF:
         kind, file = type(subject.model), Path(name)
@@ -148,7 +151,21 @@ def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> M
     model, lacked = (loaded[0], loaded[1]["missing_keys"]) if tells else (loaded, ())
     if hasattr(model, "merge_and_unload"):  # an adapter, around what it belongs to
         model = model.merge_and_unload()
-    return {key: weight for key, weight in model.state_dict().items() if key not in lacked}
+    weights = {key: weight for key, weight in model.state_dict().items() if key not in lacked}
+    for tied in _tied(subject.model):
+        there = [key for key in tied if key in weights]
+        if any(not dequantized(weights[there[0]]).equal(dequantized(weights[key])) for key in there[1:]):
+            tell(f"{name} has several weights for {' = '.join(there)}, which is one here, and is left out")
+            weights = {key: weight for key, weight in weights.items() if key not in there}
+    return weights
+
+
+def _tied(model: Any) -> list[list[str]]:
+    """Return the names of each parameter that has several."""
+    names: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def _with_revision(name: str) -> tuple[str, str]:

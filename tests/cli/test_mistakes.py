@@ -60,6 +60,9 @@ def files(tmp_path, classifier_folder, sentences):
     shutil.copytree(classifier_folder, tmp_path / "pointer")
     (tmp_path / "pointer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     shutil.copytree(classifier_folder, tmp_path / "wordless", ignore=shutil.ignore_patterns("*token*"))
+    untied = transformers.GPT2LMHeadModel.from_pretrained(save_gpt2(tmp_path / "untied"), tie_word_embeddings=False)
+    torch.nn.init.normal_(untied.lm_head.weight)
+    untied.save_pretrained(tmp_path / "untied")
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("seed: [1\n")
     (tmp_path / "typo.yaml").write_text("strength: [0.1]\n")
@@ -231,6 +234,7 @@ MISTAKES = [
     (f"{PROBE} --recipe bits=8 --towards MODEL", "--towards: formats --recipe"),
     (f"{PROBE} --quick --towards MODEL --shares 1", "--towards: formats --quick"),
     (f"{PROBE} --towards partial", "--towards: none 'partial' for 4 of 16, layer.1.output.dense.weight"),
+    ("evaluate CAUSAL --dataset TEXT --towards untied", "--towards: none 'untied' for 1 of transformer.wte.weight"),
     (f"{PROBE} --towards WIDE", "--towards: shape (20, 8) instead (16, 8)"),
     (f"{PROBE} --seed 4294967296", "--seed: 4294967295 4294967296"),
     # groups and targets
