@@ -124,9 +124,12 @@ class Finding(NamedTuple):
 
 
 def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
-    """Return a finding for each series of corruptions, those beyond the spread first; then on what moves nothing."""
+    """Return a finding for each series of corruptions, those beyond the spread first; then on what moves nothing.
+
+    Series of which the same is found share one.
+    """
     [(model, groups)] = study.models.items()
-    findings = []
+    names: dict[Finding, list[str]] = {}  # what holds for several is said once
     for series, by_key in study.curves.items():
         curves = {key[1]: curve for key, curve in by_key.items() if key not in study.unmoved}
         if not curves:
@@ -135,7 +138,8 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
         finding = (
             _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups, series)
         )
-        findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
+        names.setdefault(finding, []).append(series.name)
+    findings = [one._replace(headline=f"{'; '.join(several)}: {one.headline}") for one, several in names.items()]
     findings.sort(key=lambda finding: (not finding.clear, not finding.remedy))
     if study.unmoved:
         unmoved = [group for group in groups if (model, group) in study.unmoved]

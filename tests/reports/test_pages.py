@@ -312,7 +312,8 @@ def test_code_spans_show_what_they_are_of(code):
 
 def test_a_remedy_is_given_once(record_of, tmp_path):
     def of(group, value):
-        records = [record_of({0.1: value}, target=[group], corruption=kind) for kind in ("gradient", "random")]
+        kinds = {"gradient": value, "random": value - 0.01}
+        records = [record_of({0.1: moved}, target=[group], corruption=kind) for kind, moved in kinds.items()]
         return replace(records[0], corruptions=tuple(row for record in records for row in record.corruptions))
 
     probe = {group: of(group, value) for group, value in (("a", 0.85), ("b", 0.8), ("c", 0.2))}

@@ -345,6 +345,15 @@ class TestDirection:
         assert "Trainer" not in text
         assert "though one does" in text
 
+    def test_what_holds_for_several_corruptions_is_said_once(self, record_of):
+        records = [
+            record_of({0.1: value}, 0.0, corruption=kind) for kind, value in (("gradient", 0.0), ("random", 0.5))
+        ]
+        record = replace(records[0], corruptions=tuple(row for one in records for row in one.corruptions))
+        assert RobustnessReport(record).verdict == [
+            "gradient-based, L2; random, L2: accuracy is not above 0 without corruption: there is nothing to lose."
+        ]
+
     @pytest.mark.parametrize(("unit", "lost"), [("share", True), ("points", True), ("", False), ("nats", False)])
     def test_only_what_ends_at_0_has_nothing_to_lose_there(self, record_of, unit, lost):
         record = states(record_of({1.0: -30.0}, -5.0, metric="score"), greater_is_better=True, unit=unit)
