@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,6 +69,7 @@ from hf_parcor.programs import (
 )
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
 from hf_parcor.training import checkpoint_to_resume
+from hf_parcor.training.checkpoints import last_checkpoint
 from hf_parcor.translation import (
     BleuScores,
     ParallelText,
@@ -325,7 +327,7 @@ def check_average(count: int | None, training: Seq2SeqParameterDefenseTrainingAr
     """Refuse an average of checkpoints that there will not be, before the hours of training.
 
     Raises:
-        ValueError: There will not be as many.
+        ValueError: There will not be as many, or others would be taken for them.
     """
     if count is None or not training.do_train:
         return
@@ -339,6 +341,18 @@ def check_average(count: int | None, training: Seq2SeqParameterDefenseTrainingAr
         raise ValueError(
             f"average_checkpoints: expected at most {kept}, since --save_total_limit keeps no more, got {count}; "
             f"pass --save_total_limit {count}"
+        )
+    epochs = math.ceil(training.num_train_epochs)
+    if training.save_strategy == "epoch" and training.max_steps <= 0 and epochs < count:
+        raise ValueError(
+            f"average_checkpoints: expected at most {epochs}, one for each of --num_train_epochs, got {count}; train "
+            "for longer, or pass --save_strategy steps"
+        )
+    left = last_checkpoint(str(training.output_dir))
+    if left is not None and checkpoint_to_resume(training) is None:
+        raise ValueError(
+            f"output_dir: expected none with checkpoints of another run, which would be averaged too, got {left}; "
+            "name another folder, or go on with --resume_from_checkpoint true"
         )
 
 

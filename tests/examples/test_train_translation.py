@@ -220,6 +220,11 @@ def empty(folder: Path) -> dict[str, object]:
     return {}
 
 
+def with_a_checkpoint(folder: Path) -> dict[str, object]:
+    (folder / "out" / "checkpoint-99").mkdir(parents=True)
+    return {"average_checkpoints": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -259,6 +264,11 @@ def empty(folder: Path) -> dict[str, object]:
             lambda folder: {"average_checkpoints": 2, "save_total_limit": 1},
             "average_checkpoints: expected at most 1, since --save_total_limit keeps no more, got 2",
         ),
+        (
+            lambda folder: {"average_checkpoints": 4},
+            "average_checkpoints: expected at most 3, one for each of --num_train_epochs, got 4",
+        ),
+        (with_a_checkpoint, "output_dir: expected none with checkpoints of another run, .* got .*checkpoint-99"),
         (lambda folder: {"do_train": False}, "vocabulary: expected text to train one on, got none"),
     ],
 )
