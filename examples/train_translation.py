@@ -57,6 +57,7 @@ from transformers import (
 from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
 from hf_parcor.arguments import check_count
 from hf_parcor.evaluation import RobustnessArguments, measure_robustness
+from hf_parcor.evaluation.metrics.generation import reference_text
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.languages import languages_of, set_languages
 from hf_parcor.programs import (
@@ -425,7 +426,8 @@ def main() -> None:
 
     def bleu(prediction: EvalPrediction) -> dict[str, float]:
         generated = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        found = scores(predictions=decode(generated), references=decode(prediction.label_ids))
+        references = [reference_text(target, row[row >= 0].tolist()) for row in np.asarray(prediction.label_ids)]
+        found = scores(predictions=decode(generated), references=references)
         tokens = torch.from_numpy(np.where(generated >= 0, generated, target.pad_token_id))[:, 1:]
         cut = float(np.mean(unfinished(tokens, length, model, {})))
         if cut:

@@ -250,6 +250,16 @@ class TestGeneration:
         ]
         assert any(predictions)
 
+    @pytest.mark.parametrize("ends", [{"pad_token": "<pad>", "eos_token": "</s>"}, {"eos_token": "<unk>"}])
+    def test_what_the_vocabulary_lacks_is_not_right(self, translator, ends):
+        """Where the unknown token ends texts too, as that of GPT-2 does, it is none of a text."""
+        seen = []
+        batch = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, 2, 7, 1, -100]])}
+        tokenizer = word_tokenizer(WORDS, "<unk>", **ends)
+        GenerationMetric(tokenizer, [batch], lambda **texts: seen.append(texts) or 1.0, max_new_tokens=2)(translator)
+        expected = "w5 \ufffc w7" if len(ends) == 2 else "w5 w7 </s>"
+        assert seen[0]["references"] == [expected]
+
     def test_what_generates_without_what_it_began_with(self, tokenizer):
         """Whisper returns the tokens that are new; what another encoder-decoder returns begins with its start."""
         sizes = {**tiny.seq2seq(24), "init_std": 1.0, "num_mel_bins": 8, "max_source_positions": 30}

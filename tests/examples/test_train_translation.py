@@ -83,6 +83,18 @@ def test_flags_last_decoder_layer_and_average(files, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_letters_that_training_did_not_have_are_missed(files, monkeypatch):
+    """The same translations have a lower score where references have a letter that the vocabulary lacks."""
+    found = {}
+    for name in ("plain", "other"):
+        output = run(monkeypatch, files, output_dir=str(files / name), do_predict=False, num_train_epochs=12)
+        found[name] = json.loads((output / "eval_results.json").read_text())["eval_bleu"]
+        path = files / "validation.en.gz"
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"dog", "\u00e7dog".encode())))
+    assert found["other"] < found["plain"]
+
+
 def test_two_vocabularies_and_a_table(files, monkeypatch):
     out = run(
         monkeypatch,

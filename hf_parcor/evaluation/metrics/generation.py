@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from hf_parcor.sequence_length import asked_length, generated_length, generation
 
 _FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
+_NOT_IN_VOCABULARY = "\ufffc"  # not the token, which sacrebleu would split into several
+
 CUT = "predictions_cut"
 """The share of texts that did not end within the length; a metric returns it if there were any."""
 
@@ -31,7 +33,8 @@ class GenerationMetric(OverPairs):
     For a model without an encoder, only what follows the input counts (pad inputs on the left).
 
     If the scores of a token are not finite (one is NaN or +∞, or all are −∞), the text is replaced by the character
-    "\ufffd", which is never right. The share of these texts is `predictions_not_finite`.
+    "\ufffd", which is never right. The share of these texts is `predictions_not_finite`. In a reference, what the
+    vocabulary of the tokenizer lacks is the character "\ufffc", which no text has.
 
     `max_new_tokens` or `max_length`, among the settings or in the model's generation configuration, limits the length.
     If neither is set, the limit is the longest reference plus a fifth and ten tokens. The share of texts that did not
@@ -94,7 +97,8 @@ class GenerationMetric(OverPairs):
             at_end and not gone
             for at_end, gone in zip(unfinished(tokens, length, generating, settings), lost, strict=True)
         )
-        return texts, self._texts([row[row != IGNORED_LABEL] for row in labels]), {NOT_FINITE: sum(lost), CUT: cut}
+        references = [reference_text(self._tokenizer, row[row != IGNORED_LABEL].tolist()) for row in labels]
+        return texts, references, {NOT_FINITE: sum(lost), CUT: cut}
 
     def _longest_reference(self) -> int:
         """Return how many tokens the longest reference of all processes has."""
@@ -104,6 +108,21 @@ class GenerationMetric(OverPairs):
 
     def _texts(self, rows: Iterable[Tensor]) -> list[str]:
         return [str(self._tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip() for row in rows]
+
+
+def reference_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    r"""Return the text of a reference, without special tokens, but with what the vocabulary lacks as "\ufffc".
+
+    Args:
+        tokenizer: What made the tokens.
+        tokens: Those of a text, without padding by −100.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown not in tokens or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):  # as of GPT-2
+        return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    left_out = {*tokenizer.all_special_ids} - {unknown}
+    text = str(tokenizer.decode([token for token in tokens if token not in left_out]))
+    return text.replace(tokenizer.unk_token, _NOT_IN_VOCABULARY).strip()
 
 
 class _NotFinite(LogitsProcessor):
