@@ -184,9 +184,11 @@ class ParameterDefenseMixin(_Base):
             self._parameter_defense.save(self, None)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with loading_all(self, self.model if model is None else model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *model: Any) -> None:
+        # The Trainer of sentence-transformers takes no model here.
+        given = next((one for one in model if one is not None), self.model)
+        with loading_all(self, given, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *model)
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from example_program import TRAINS_AND_MEASURES, run_with, steps_logged
 from local_models import SENTENCES, save_sentence_encoder, write_rows
+from safetensors.torch import load_file
 
 from hf_parcor import EvaluationRecord
 
@@ -73,6 +75,31 @@ def test_a_radius_of_almost_nothing_is_the_stock_trainer(settings, tmp_path, mon
         changed = {**settings, **more, "do_eval": False, "output_dir": str(tmp_path / f"out-{number}")}
         losses.append([step["loss"] for step in steps_logged(run_with(SCRIPT, changed, monkeypatch))])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_the_whole_run(settings, tmp_path, monkeypatch):
+    changed = {**settings, "do_eval": False, "save_strategy": "steps", "save_steps": 1}
+    whole = run_with(SCRIPT, changed, monkeypatch)
+    again = {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(whole / "checkpoint-1")}
+    resumed = run_with(SCRIPT, {**changed, **again}, monkeypatch)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_the_model_in_the_end(settings, tmp_path, monkeypatch):
+    """The first of two is, if a large loss is called good."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    output = run_with(SCRIPT, {**settings, **best, **every, "skip_corruptions": True}, monkeypatch)
+    found = {place: load_file(output / place / "model.safetensors") for place in (".", "checkpoint-1", "checkpoint-2")}
+    state = json.loads((output / "trainer_state.json").read_text())
+    losses = [step["eval_loss"] for step in state["log_history"] if "eval_loss" in step]
+    assert losses[0] > losses[1]
+    assert all(torch.equal(weight, found["checkpoint-1"][name]) for name, weight in found["."].items())
+    assert not all(torch.equal(weight, found["checkpoint-2"][name]) for name, weight in found["."].items())
 
 
 @pytest.mark.parametrize(
