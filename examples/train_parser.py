@@ -382,7 +382,7 @@ def main() -> None:
                 model,
                 trainer.attachment,
                 # Whole sentences are measured, single configurations have a loss to climb along.
-                list(trainer.get_eval_dataloader()),
+                trainer.get_eval_dataloader(),
                 progress=not training.disable_tqdm,
                 evaluated_on=EvaluationData(splits["validation"][0], rows=len(eval_trees)),
                 task="token-classification",
