@@ -21,7 +21,7 @@ from hf_parcor.evaluation.identity.repeated_batches import drawn_once
 from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric, evaluated_data
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
-from hf_parcor.overriding import counters_kept
+from hf_parcor.overriding import counters_kept, overriding
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.curves import plain_name
 from hf_parcor.records.data import evaluation_data_of
@@ -159,11 +159,17 @@ def _loss_of(trainer: Trainer) -> Any:
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         inputs = trainer._prepare_inputs(dict(batch))  # a copy: labels are popped
-        # Trainers average what they count until their next evaluation is logged, which this is no part of.
-        with counters_kept(trainer), trainer.compute_loss_context_manager():
+        # Trainers average what they count until their next evaluation is logged, which this is no part of. Those of
+        # TRL gather it from all processes, of which some have a batch more than others.
+        own = overriding(trainer.accelerator, gather=_as_it_is, gather_for_metrics=_as_it_is)
+        with counters_kept(trainer), own, trainer.compute_loss_context_manager():
             return torch.as_tensor(trainer.compute_loss(model, inputs))
 
     return loss
+
+
+def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 Corruptions = Corruption | Sequence[Corruption] | Mapping[str, Corruption]

@@ -542,3 +542,34 @@ def test_a_task_of_lm_eval_is_the_same_in_every_process(run_on_ranks, tmp_path, 
         assert of_rank == documents
         assert [row.metrics for row in record.rows()] == [row.metrics for row in alone.rows()]
         assert [row.norm for row in record.rows()] == pytest.approx([row.norm for row in alone.rows()], rel=1e-5)
+
+
+def gathering_loss(rows: int) -> list[float]:
+    """The losses that a Trainer measures which counts over all processes in its loss, as those of TRL do."""
+    import tiny
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    from hf_parcor import CorruptionConstraint, GradientCorruption
+    from hf_parcor.evaluation import measure_robustness
+
+    class Counting(Trainer):
+        def compute_loss(self, model, inputs, *arguments, **named):
+            self.accelerator.gather_for_metrics(inputs["labels"].sum())
+            return super().compute_loss(model, inputs, *arguments, **named)
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**tiny.encoder(16)))
+    data = [{"input_ids": [row, 3, 5], "labels": row % 2} for row in range(rows)]
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "average_tokens_across_devices": False}
+    arguments = TrainingArguments("unused", per_device_eval_batch_size=2, **quiet)
+    trainer = Counting(model=model, args=arguments, eval_dataset=data)
+    record = measure_robustness(trainer, [GradientCorruption(CorruptionConstraint(epsilon=0.5))])
+    return [row.mean("loss") for row in record.rows()]
+
+
+@pytest.mark.slow
+def test_a_loss_that_gathers_needs_no_even_share_of_batches(run_on_ranks):
+    (alone,) = run_on_ranks(gathering_loss, 1, 6)
+    assert alone[1] > alone[0]
+    for found in run_on_ranks(gathering_loss, 2, 6, timeout=60.0):
+        assert found == pytest.approx(alone, rel=1e-5)
