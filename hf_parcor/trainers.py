@@ -1,5 +1,7 @@
 """The two Trainers: the only place where defending, measuring and publishing meet."""
 
+from typing import Any
+
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_parcor.cards.mixin import PublishingMixin
@@ -37,6 +39,9 @@ class ParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Trainer):
 class Seq2SeqParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Seq2SeqTrainer):
     """A `transformers.Seq2SeqTrainer` with the additions of `ParameterDefenseTrainer`.
 
+    On several processes, evaluation and prediction give each row once, as a `Trainer` does. `Seq2SeqTrainer` keeps the
+    rows that fill up the last batches too, and its metrics count these twice.
+
     Examples:
         >>> import tempfile
         >>> from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
@@ -50,3 +55,8 @@ class Seq2SeqParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Seq
         >>> print(trainer.defense.constraint)
         L2 ε=0.1
     """
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, or predict, each row once."""
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)

@@ -573,3 +573,25 @@ def test_a_loss_that_gathers_needs_no_even_share_of_batches(run_on_ranks):
     assert alone[1] > alone[0]
     for found in run_on_ranks(gathering_loss, 2, 6, timeout=60.0):
         assert found == pytest.approx(alone, rel=1e-5)
+
+
+def translated(rows: int) -> tuple[list[int], int]:
+    """The first tokens of the references that a Trainer of translation returns, and how many its metrics get."""
+    from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+    from hf_parcor import Seq2SeqParameterDefenseTrainer
+
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    arguments = Seq2SeqTrainingArguments(
+        "unused", per_device_eval_batch_size=2, predict_with_generate=True, generation_max_length=3, **QUIET
+    )
+    trainer = Seq2SeqParameterDefenseTrainer(
+        model=T5ForConditionalGeneration(config), args=arguments, compute_metrics=lambda found: {"n": len(found[1])}
+    )
+    found = trainer.predict([{"input_ids": [row + 3, 1], "labels": [row + 3, 1]} for row in range(rows)])
+    return found.label_ids[:, 0].tolist(), found.metrics["test_n"]
+
+
+@pytest.mark.slow
+def test_a_trainer_of_translation_counts_each_row_once(run_on_ranks):
+    assert run_on_ranks(translated, 2, 5) == 2 * [([3, 4, 5, 6, 7], 5)]
