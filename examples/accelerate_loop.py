@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_parcor import CorruptionConstraint, DefendedBackward, MultiStepRisk, select_parameters
+from hf_parcor import CorruptionConstraint, DefendedBackward, MultiStepRisk
 
 
 def train(args: argparse.Namespace) -> float:
@@ -30,17 +30,12 @@ def train(args: argparse.Namespace) -> float:
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, *loaders)
 
     defense = MultiStepRisk(CorruptionConstraint(p=2, epsilon=args.epsilon), steps=args.steps, start_epoch=1)
-    parameters = select_parameters(accelerator.unwrap_model(model), "all")
-    defended_backward = DefendedBackward(accelerator, defense, model, parameters)
-
-    def loss_fn(batch: list[torch.Tensor]) -> torch.Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
+    backward = DefendedBackward(accelerator, defense, model)
     for epoch in range(args.epochs):
-        for batch in train_loader:
+        for x, y in train_loader:
             with accelerator.accumulate(model):
-                # The plain loop: accelerator.backward(loss_fn(batch))
-                loss = defended_backward(loss_fn, batch, epoch=epoch)
+                # The plain loop: accelerator.backward(nn.functional.cross_entropy(model(x), y))
+                loss = backward(lambda xy: nn.functional.cross_entropy(model(xy[0]), xy[1]), (x, y), epoch=epoch)
                 optimizer.step()
                 optimizer.zero_grad()
         corrupted = f", at corrupted weights {loss.corrupted:.3f}" if loss.defended else ", not defended yet"

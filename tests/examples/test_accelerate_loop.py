@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 import accelerate_loop
 
@@ -22,3 +23,7 @@ def test_it_learns(capsys):
     assert "corrupted" not in lines[1], "the defense starts at epoch 1"
     clean, corrupted = (float(lines[3].split()[index].strip(",")) for index in (3, -1))
     assert corrupted > clean
+
+
+def test_it_is_short_enough_to_be_read_at_once():
+    assert len(Path(accelerate_loop.__file__).read_text().splitlines()) < 60, "all but one line is the plain loop"
