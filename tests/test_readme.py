@@ -302,6 +302,12 @@ def test_flags_of_the_example_exist(page):
         assert [target for target in targets if target] in ([["last-encoder-layer"]], [["last-decoder-layer"]])
 
 
+def test_the_page_names_the_programs_that_take_a_revision_of_their_data():
+    sentence = re.search(r"`--dataset_revision` of (.*?) names that branch", PAGES["examples/README.md"], re.DOTALL)
+    programs = [path for path in (ROOT / "examples").glob("*.py") if "dataset_revision:" in path.read_text()]
+    assert sorted(re.findall(r"\w+\.py", sentence[1])) == sorted(path.name for path in programs)
+
+
 def leads_somewhere(page, target):
     path, _, heading = target.partition("#")
     file = (ROOT / page).parent / path if path else ROOT / page
