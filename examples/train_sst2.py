@@ -124,8 +124,11 @@ def labelled_rows(split: str, rows: datasets.Dataset, data: DataArguments) -> Ro
 def new_head(rows: Rows, label_column: str) -> dict[str, Any]:
     """Return what a model that is to learn these classes gets."""
     head = TASK.head_settings([(rows, {"label": label_column})])
-    if head["num_labels"] < 2:
-        raise ValueError(f"labels: expected two classes or more, got {head['num_labels']}; name other data")
+    if "problem_type" in head:
+        raise ValueError(
+            f"label_column_name: expected one class a row, got a {head['problem_type']} in {label_column!r}; name "
+            "another column"
+        )
     return head
 
 

@@ -185,7 +185,8 @@ def test_a_finished_model_is_measured_by_its_own_numbers_of_the_classes(files, m
         ({"defense_epsilon": -0.1}, "epsilon: expected"),
         ({"text_column_name": "text"}, "text_column_name: expected one of sentence, label, got 'text'"),
         ({"label_column_name": "stars"}, "label_column_name: expected one of sentence, label, got 'stars'"),
-        ({"train_file": "one.tsv"}, "labels: expected two classes or more, got 1"),
+        ({"train_file": "one.tsv"}, "train: expected two classes or more, got '1' alone in column 'label'"),
+        ({"train_file": "numbers.tsv"}, "expected one class a row, got a regression in 'label'"),
         ({"train_file": "empty.tsv"}, "expected at least one row, got none"),
         ({"validation_file": "third.tsv"}, r"validation: expected a label of the model \(0 = 0, 1 = 1\), got 2"),
         ({"train_file": "held-back.tsv"}, "train: expected labels from 0 on, got -1"),
@@ -197,7 +198,13 @@ def test_a_finished_model_is_measured_by_its_own_numbers_of_the_classes(files, m
 )
 def test_bad_input(files, monkeypatch, change, says):
     monkeypatch.chdir(files)
-    for name, labels in {"one": [1, 1], "empty": [], "third": [0, 2], "held-back": [0, 1, -1]}.items():
+    for name, labels in {
+        "one": [1, 1],
+        "empty": [],
+        "third": [0, 2],
+        "held-back": [0, 1, -1],
+        "numbers": [0.5, 2],
+    }.items():
         Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"good\t{label}\n" for label in labels))
     with pytest.raises(ValueError, match=says):
         run_with(SCRIPT, {**settings(files), **change}, monkeypatch)
