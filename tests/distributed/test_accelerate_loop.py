@@ -173,7 +173,6 @@ def test_one_all_reduce_of_the_mean_of_the_risks(loops, name):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("unwrapped", [False, True])
 def test_compiled_as_one_it_is_the_loop_that_is_not_compiled(loops, unwrapped):
     """Accelerate loses sight of DDP where it unwraps what is compiled, and reduces each micro-batch, stock too."""

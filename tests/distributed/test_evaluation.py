@@ -567,7 +567,6 @@ def gathering_loss(rows: int) -> list[float]:
     return [row.mean("loss") for row in record.rows()]
 
 
-@pytest.mark.slow
 def test_a_loss_that_gathers_needs_no_even_share_of_batches(run_on_ranks):
     (alone,) = run_on_ranks(gathering_loss, 1, 6)
     assert alone[1] > alone[0]
@@ -592,6 +591,5 @@ def translated(rows: int) -> tuple[list[int], int]:
     return found.label_ids[:, 0].tolist(), found.metrics["test_n"]
 
 
-@pytest.mark.slow
 def test_a_trainer_of_translation_counts_each_row_once(run_on_ranks):
     assert run_on_ranks(translated, 2, 5) == 2 * [([3, 4, 5, 6, 7], 5)]

@@ -83,7 +83,6 @@ def test_flags_last_decoder_layer_and_average(files, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_letters_that_training_did_not_have_are_missed(files, monkeypatch):
     """The same translations have a lower score where references have a letter that the vocabulary lacks."""
     found = {}
@@ -95,6 +94,7 @@ def test_letters_that_training_did_not_have_are_missed(files, monkeypatch):
     assert found["other"] < found["plain"]
 
 
+@pytest.mark.slow
 def test_two_vocabularies_and_a_table(files, monkeypatch):
     out = run(
         monkeypatch,
