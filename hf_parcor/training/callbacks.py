@@ -93,8 +93,9 @@ class CollapseCallback(TrainerCallback):
         signs = signs_of_collapse(state.log_history, kwargs.get("model"))
         if signs and state.is_world_process_zero:
             logger.warning(
-                f"This run may have collapsed: {'; '.join(signs)}. Do not report it as a result: lower epsilon (or "
-                "what the corruption's strength is), start the defense later (start_epoch), or defend fewer modules."
+                f"This run may have collapsed: {'; '.join(signs)}. Do not report it as a result. If the same run "
+                "without a defense learns, lower epsilon (or what the corruption's strength is), start the defense "
+                "later (start_epoch), or defend fewer modules; else lower the learning rate."
             )
 
 
