@@ -292,7 +292,7 @@ class Measurement:
             total = len(plan.draws)
             done = total - len(left)
             with tqdm(
-                total=total, initial=done, desc="corruptions", bar_format=_BAR, disable=not self._progress
+                total=total, initial=done, desc="corruptions", bar_format=_BAR, disable=not (self._progress and total)
             ) as bar:
 
                 def advance(jobs: float) -> None:  # shares of a job, added up, may be a rounding error more than it

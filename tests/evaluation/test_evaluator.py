@@ -374,6 +374,7 @@ class TestRecord:
     def test_progress_bar(self, evaluator_of, capsys):
         evaluator_of(progress=True).evaluate([GaussianNoise(0.1), Quantization(4)], trials=2)
         assert "3/3" in capsys.readouterr().err
+        evaluator_of(progress=True).evaluate([])  # nothing to wait for
         evaluator_of(progress=False).evaluate([GaussianNoise(0.1)])
         assert capsys.readouterr().err == ""
 
