@@ -224,7 +224,8 @@ def _affine(
     zero = lowest - torch.round(low.to(dtype) / scale) if code_range is None else torch.zeros_like(scale)
     zero = zero.clamp(lowest, highest)
     codes = (torch.round(blocks.rows.to(dtype) * (1.0 / scale)) + zero).clamp(lowest, highest)
-    return (codes - zero) * scale, torch.isfinite(scale)
+    last = torch.finfo(dtype).max  # float16 ends before 65535
+    return (codes - zero).clamp(-last, last) * scale, torch.isfinite(scale)
 
 
 def _between_extremes(blocks: Blocks, bits: int, dtype: torch.dtype, smallest: float) -> tuple[Tensor, Tensor]:

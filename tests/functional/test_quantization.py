@@ -218,12 +218,13 @@ def test_blocks_do_not_see_each_other(scheme: str, dtype: torch.dtype, same_bits
 @for_each("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @for_each("arithmetic", ["float32", "weight"])
 def test_every_number_of_bits_holds_weights_of_every_dtype(scheme: str, dtype: torch.dtype, arithmetic: str) -> None:
-    weights = torch.linspace(-1, 1.2, 64).view(2, 32).to(dtype)
-    for bits in BITS:
-        step = 2.2 / (2**bits - 1) + 4 * torch.finfo(dtype).eps  # products are of this dtype
-        for per in ("tensor", "channel", 16):
-            found = quantize(weights, bits, per, arithmetic=arithmetic, **SCHEMES[scheme])
-            assert float((found.double() - weights.double()).abs().max()) <= 1.2 * step
+    for first, last in ((-1.0, 1.2), (0.0, 5.0), (-5.0, 0.0)):  # of one sign, codes go as far from zero as they can
+        weights, largest = torch.linspace(first, last, 64).view(2, 32).to(dtype), max(-first, last)
+        for bits in BITS:
+            step = 2 * largest / (2**bits - 1) + 4 * largest * torch.finfo(dtype).eps  # products are of this dtype
+            for per in ("tensor", "channel", 16):
+                found = quantize(weights, bits, per, arithmetic=arithmetic, **SCHEMES[scheme])
+                assert float((found.double() - weights.double()).abs().max()) <= 1.2 * step
 
 
 def test_channels_of_convolutions_are_those_of_the_matrix_below() -> None:
