@@ -83,9 +83,9 @@ class ConstraintIndicators:
 
     @property
     def lower_bound(self) -> float:
-        """The largest loss change found in S, at least 0 (no corruption): a lower bound of Δ_max."""
+        """The largest loss change found in S, at least 0 (no corruption): a lower bound of Δ_max; NaN if one is."""
         found = [self.gradient_based, *([] if self.multi_step is None else [self.multi_step]), *self.random.values]
-        return max(0.0, *found)
+        return math.nan if any(map(math.isnan, found)) else max(0.0, *found)
 
     @property
     def linearity(self) -> float:

@@ -78,3 +78,11 @@ class TestRecord:
 
     def test_linearity_without_a_gradient(self, record):
         assert math.isnan(replace(record.indicators[0], first_order=0.0).linearity)
+
+    @for_each(
+        "field, broken",
+        [("gradient_based", math.nan), ("multi_step", math.nan), ("random", Estimate((0.5, math.nan)))],
+    )
+    def test_a_destroyed_model_is_not_one_that_loses_nothing(self, record, field, broken):
+        assert math.isnan(replace(record.indicators[0], **{field: broken}).lower_bound)
+        assert replace(record.indicators[0], gradient_based=math.inf).lower_bound == math.inf
