@@ -99,7 +99,7 @@ def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
         key: {point.name: sample_mean(curve.drops([point.name])) for point in curve.points}
         for key, curve in curves.items()
     }
-    largest, names = largest_drop(study), short_names(study.groups)
+    largest, names = _largest_drop(study), short_names(study.groups)
     rows, shares = [], []
     for (model, group), curve in curves.items():
         means = {point.name: point.mean for point in curve.points}
@@ -268,20 +268,30 @@ def _ordered(study: Study, series: Series) -> dict[tuple[str, str], Curve]:
     return {key: curves[key] for key in keys if key in curves}
 
 
-def largest_drop(study: Study) -> float:
-    """Return the largest drop of all curves, which has the strongest colour in all heat maps; 0 if there is none."""
-    drops = [
+def largest_drop(drops: Iterable[float]) -> float:
+    """Return the largest finite drop, which has the strongest colour; ∞ if all that are drops are infinite, or else 0.
+
+    Examples:
+        >>> largest_drop([0.5, math.inf]), largest_drop([-0.5, math.inf]), largest_drop([-0.5, math.nan])
+        (0.5, inf, 0.0)
+    """
+    worse = [drop for drop in drops if drop > 0]
+    return max(filter(math.isfinite, worse), default=max(worse, default=0.0))
+
+
+def _largest_drop(study: Study) -> float:
+    """Return the largest drop of all curves, which is that of all heat maps."""
+    return largest_drop(
         sample_mean(curve.drops([point.name]))
         for curves in study.curves.values()
         for curve in curves.values()
         for point in curve.points
-    ]
-    return max((drop for drop in drops if drop > 0 and math.isfinite(drop)), default=0.0)
+    )
 
 
 def _strongest(study: Study, numbers: Numbers) -> str:
     """Return what the colours of heat maps mean."""
-    largest = largest_drop(study)
+    largest = _largest_drop(study)
     if largest == 0:
         return "No cell has a colour, since no mean is worse than without corruption."
     return (
@@ -290,10 +300,19 @@ def _strongest(study: Study, numbers: Numbers) -> str:
 
 
 def share_of_largest(drop: float | None, largest: float) -> float | None:
-    """Return how much of the largest drop a cell of a heat map has; None for a cell without."""
+    """Return how much of the largest drop a cell of a heat map has; None for a cell without.
+
+    Examples:
+        >>> share_of_largest(1.0, 4.0), share_of_largest(math.inf, 4.0), share_of_largest(math.inf, math.inf)
+        (0.25, 1.0, 1.0)
+        >>> share_of_largest(-1.0, 4.0), share_of_largest(-1.0, math.inf), share_of_largest(0.0, 0.0)
+        (0.0, 0.0, 0.0)
+    """
     if drop is None or math.isnan(drop):
         return None
-    return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
+    if drop <= 0:
+        return 0.0
+    return 1.0 if drop >= largest else drop / largest
 
 
 def _weights_norm(records: tuple[EvaluationRecord, ...]) -> float:

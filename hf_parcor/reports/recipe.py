@@ -13,7 +13,7 @@ from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
 from hf_parcor.reports.command_line import flag_words
-from hf_parcor.reports.content import answer_as_markdown, share_of_largest, tables_as_markdown
+from hf_parcor.reports.content import answer_as_markdown, largest_drop, share_of_largest, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.panels import Line, Panel, Point
 from hf_parcor.reports.tables import Table, short_names
@@ -236,7 +236,7 @@ def content_of_recipe(
     """Return what is to be said about a recipe."""
     told = _Told(scores, recipe, measured, metric)
     panel = _front(told)
-    largest = max((drop for drop in _drops(told).values() if drop > 0 and math.isfinite(drop)), default=0.0)
+    largest = largest_drop(_drops(told).values())
     return RecipeContent(
         title=title or f"Which parts of {scores.model} take which bits? {told.metric} against bits a weight",
         metric=told.metric,

@@ -191,11 +191,17 @@ def test_a_page_of_what_was_measured_in_part(without, tmp_path) -> None:
 
 @for_each(
     "lost, strongest",
-    [((0.2, 0.01), "20.0"), ((-0.05, 0.01), "1.0"), ((math.inf, 0.004), "0.4"), ((-0.05, -0.001), "")],
+    [
+        ((0.2, 0.01), "20.0"),
+        ((-0.05, 0.01), "1.0"),
+        ((math.inf, 0.004), "0.4"),
+        ((math.inf, -0.001), "∞"),
+        ((-0.05, -0.001), ""),
+    ],
 )
 def test_the_strongest_colour_is_of_the_largest_drop_that_is_one(lost, strongest, tmp_path) -> None:
     page = report(drop=lambda weak, bits: lost[0] if weak else lost[1]).to_html(tmp_path / "page.html").read_text()
-    said = re.search(r"the strongest is ([\d.]+) points", page)
+    said = re.search(r"the strongest is ([\d.∞]+) points", page)
     assert (said[1] if said else "") == strongest
     assert ("No cell has a colour" in page) == (not strongest)
 

@@ -440,6 +440,13 @@ def test_tables_and_notes_name_what_is_bad(record_of, tmp_path, greater, word, h
     assert f"the strongest is a {word} of 4." in html
 
 
+def test_what_is_infinitely_worse_has_a_colour_where_nothing_finite_is_worse(record_of, tmp_path):
+    probe = {name: record_of({1.0: 19.0, 2.0: math.inf}, 20.0, metric="perplexity", target=[name]) for name in "ab"}
+    html = RobustnessReport(probe, "perplexity").to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "the strongest is a rise of ∞." in html
+    assert html.count('style="--share:1"') == 2
+
+
 @pytest.mark.parametrize("greater", [True, False])
 def test_what_is_shown_as_lost_is_lost_in_the_direction_of_the_metric(record_of, greater):
     """Of seven groups whose curves go up and then down, the mildest has no line, and the worst is the darkest."""
