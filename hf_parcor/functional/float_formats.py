@@ -72,10 +72,10 @@ def quantize_to_float(tensor: Tensor, format: str, per: Per | None = None) -> Te
         nf4                   blocks of 64, s = max|w|, v in 16 quantiles of the normal distribution
 
     FP8: Micikevicius et al. 2022, arXiv:2209.05433. MXFP4: OCP Microscaling Formats 1.0, section 6.3. NVFP4: NVIDIA's
-    format of two scales. NF4: Dettmers et al. 2023, arXiv:2305.14314. Ties go to the even mantissa, those of NF4 to
-    the lower number; what lies beyond the largest number becomes it. A block of zeros is returned as it is, and so is
-    one with an entry that is not finite or so small that its scale, or one over it, is none of the dtype's numbers,
-    and vectors, which no tool rounds.
+    format of two scales. NF4: Dettmers et al. 2023, arXiv:2305.14314. Scales of FP8 are rounded to the dtype of the
+    weights. Ties go to the even mantissa, those of NF4 to the lower number; what lies beyond the largest number
+    becomes it. A block of zeros is returned as it is, and so is one with an entry that is not finite or so small that
+    its scale, or one over it, is none of the dtype's numbers, and vectors, which no tool rounds.
 
     Args:
         tensor: Floating point, any shape.
