@@ -69,6 +69,7 @@ from hf_parcor.programs import (
     train_and_save,
 )
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
+from hf_parcor.tasks.sequence_to_sequence import decoder_of
 from hf_parcor.training import checkpoint_to_resume
 from hf_parcor.training.checkpoints import last_checkpoint
 from hf_parcor.translation import (
@@ -445,7 +446,7 @@ def main() -> None:
         eval_dataset=cast("Dataset[Any]", rows["validation"]),
         compute_metrics=bleu,
         processing_class=source,
-        data_collator=DataCollatorForSeq2Seq(source, model=model),
+        data_collator=DataCollatorForSeq2Seq(source, model=decoder_of(model)),
         max_tokens=data.max_tokens,
     )
     measured = [row for split in ("validation", "test") for row in rows[split] or ()] or rows["train"] or ()

@@ -75,11 +75,11 @@ class SequenceToSequence(Task):
 
     def training_collator(self, processed: Processed) -> Collator:
         """Return the same, with what the decoder reads: a Trainer that smooths labels keeps them from the model."""
-        return DataCollatorForSeq2Seq(processed.processor, model=_decoder_of(processed.model))
+        return DataCollatorForSeq2Seq(processed.processor, model=decoder_of(processed.model))
 
     def smooths_labels(self, processed: Processed) -> bool:
         """Return whether it is known what the decoder reads."""
-        return _decoder_of(processed.model) is not None
+        return decoder_of(processed.model) is not None
 
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return what generates texts and scores them: by sacrebleu, or by a metric of `evaluate`."""
@@ -100,7 +100,7 @@ class _Shifted:
         return self.shift(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
 
-def _decoder_of(model: Any) -> Any:
+def decoder_of(model: Any) -> Any:
     """Return what `DataCollatorForSeq2Seq` asks for the decoder's inputs; None where nobody says what they are."""
     inner = inside_adapters(model)
     if hasattr(inner, "prepare_decoder_input_ids_from_labels"):

@@ -188,7 +188,7 @@ class TestPretrainedModels:
         tables = {f"{split}_file": data for split in ("train", "validation", "test")}
         return {
             **pretrained(folder), **files, **tables, "source_lang": "en", "target_lang": "de", "max_length": 12,
-            "num_train_epochs": 1, "label_smoothing_factor": 0.0, "defense": "none", **changes,
+            "num_train_epochs": 1, "defense": "none", **changes,
         }  # fmt: skip
 
     @pytest.mark.slow
