@@ -220,7 +220,16 @@ class DataArguments:
 
 
 class TranslationTrainer(TokenBatchesMixin, Seq2SeqParameterDefenseTrainer):
-    """The defended Trainer on batches of tokens."""
+    """The defended Trainer on batches of tokens, which saves the target's vocabulary too if that is another one."""
+
+    target_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as at each checkpoint, and both vocabularies."""
+        if self.args.should_save and self.target_tokenizer not in (None, self.processing_class):
+            folder = Path(output_dir or str(self.args.output_dir)) / TARGET_TOKENIZER
+            cast(PreTrainedTokenizerBase, self.target_tokenizer).save_pretrained(str(folder))
+        super().save_model(output_dir, _internal_call)
 
 
 def load_text(data: DataArguments, split: str, cache_dir: str | None) -> ParallelText:
@@ -296,13 +305,6 @@ def load_vocabularies(
     return learn(train.sources, size), learn(train.targets, model.target_vocabulary_size)
 
 
-def save_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write both tokenizers, that of the target language only if it is another one."""
-    source.save_pretrained(str(folder))
-    if target is not source:
-        target.save_pretrained(str(Path(folder) / TARGET_TOKENIZER))
-
-
 def load_model(
     model: ModelArguments, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
@@ -310,6 +312,12 @@ def load_model(
     if model.model_name_or_path is not None:
         origin = {"revision": model.model_revision, "cache_dir": model.cache_dir}
         pretrained = AutoModelForSeq2SeqLM.from_pretrained(model.model_name_or_path, **origin)
+        shared = getattr(pretrained.config, "share_encoder_decoder_embeddings", True)
+        if not shared and target is source and not getattr(source, "separate_vocabs", False):
+            raise ValueError(
+                f"model_name_or_path: expected {TARGET_TOKENIZER} beside a model with two vocabularies, found none in "
+                f"{model.model_name_or_path}; copy it from the folder that its training wrote"
+            )
         return cast(PreTrainedModel, freeze_positions(pretrained))
     shape = iwslt_de_en(len(source)) if target is source else wmt_en_de(len(source), len(target))
     if model.config_overrides is not None:
@@ -449,6 +457,7 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(source, model=decoder_of(model)),
         max_tokens=data.max_tokens,
     )
+    trainer.target_tokenizer = target
     measured = [row for split in ("validation", "test") for row in rows[split] or ()] or rows["train"] or ()
     longest = max((len(row["labels"]) for row in measured), default=1)
     length = set_generated_length(model, training.generation_max_length, longest)
@@ -456,7 +465,6 @@ def main() -> None:
 
     if rows["train"] is not None:
         train_and_save(trainer, checkpoint_to_resume(training), robustness, train_samples=len(rows["train"]))
-        save_vocabularies(source, target, training.output_dir)
         if data.average_checkpoints is not None and trainer.is_world_process_zero():
             last = last_checkpoints(training.output_dir, data.average_checkpoints)
             average_checkpoints(last, training.output_dir)

@@ -69,7 +69,7 @@ def average_weights(checkpoints: Sequence[str | Path]) -> dict[str, Tensor]:
 
 
 def average_checkpoints(checkpoints: Sequence[str | Path], output: str | Path) -> Path:
-    """Write the mean of checkpoints as a model folder, with configuration and tokenizer of the last one.
+    """Write the mean of checkpoints as a model folder, with configuration and tokenizers of the last one.
 
     What was measured of the last one, and its card, are not of the mean, and are left behind.
 
@@ -90,7 +90,9 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output: str | Path) -
     weights = average_weights(checkpoints)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(checkpoints[-1]).iterdir()):
-        if path.name != WEIGHTS and path.is_file() and not _OF_ONE.fullmatch(path.name):
+        if (path / "tokenizer_config.json").is_file():  # a second tokenizer
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.name != WEIGHTS and path.is_file() and not _OF_ONE.fullmatch(path.name):
             shutil.copy2(path, folder / path.name)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     return folder

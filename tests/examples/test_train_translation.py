@@ -122,12 +122,17 @@ def test_two_vocabularies_and_a_table(files, monkeypatch):
     assert (model.config.vocab_size, model.config.decoder_vocab_size) == (30, 35)
     assert not any("loss_corrupted" in entry for entry in steps_logged(out))
 
+    checkpoint = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     tuned = files / "tuned"
-    run(monkeypatch, files, **pretrained(out), output_dir=str(tuned), do_eval=False, max_train_samples=9)
+    run(monkeypatch, files, **pretrained(checkpoint), output_dir=str(tuned), do_eval=False, max_train_samples=9)
     assert json.loads((tuned / "train_results.json").read_text())["train_samples"] == 9
     assert all("loss_corrupted" in entry for entry in steps_logged(tuned))
     assert len(AutoTokenizer.from_pretrained(tuned / "target_tokenizer")) == 35
     assert steps_logged(tuned)[0]["loss_clean"] < steps_logged(out)[0]["loss"], "it goes on from what was learned"
+
+    (checkpoint / "target_tokenizer").rename(files / "elsewhere")
+    with pytest.raises(ValueError, match="expected target_tokenizer beside a model with two vocabularies"):
+        run(monkeypatch, files, **pretrained(checkpoint))
 
 
 @pytest.mark.slow

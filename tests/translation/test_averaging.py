@@ -29,6 +29,7 @@ def checkpoints(tiny_model, tokenizer, tmp_path):
         folder = tmp_path / "run" / f"checkpoint-{step}"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder / "target_tokenizer")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin"):
             (folder / name).write_bytes(b"of the run")
         for name in ("robustness.json", "robustness_facts.json", "probe.html", "README.md"):
@@ -73,7 +74,9 @@ def test_a_folder_that_loads(checkpoints, tmp_path, tokenizer):
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "target_tokenizer",
     }
+    assert AutoTokenizer.from_pretrained(folder / "target_tokenizer")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
