@@ -20,7 +20,7 @@ _TAG = re.compile(rf"<({'|'.join((*_BEFORE, *_AFTER))})\b[^>]*>")
 _TITLES = ("title", "description")
 _TEXT = "text"
 
-_SEGMENT = re.compile(r'<seg\s+id="(\d+)"\s*>(.*)</seg>')
+_SEGMENT = re.compile(r'<seg\s+id="(\d+)"\s*>((?:(?!</?seg\b).)*)</seg>')
 _DOCUMENT = re.compile(r'<doc\b[^>]*?(?:\bdocid="([^"]*)"[^>]*)?>', re.IGNORECASE)
 _NAME_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -72,8 +72,8 @@ class IwsltText:
             *names: As in `sets`, or without what stands before the point where that is not needed: `dev2010`.
 
         Raises:
-            ValueError: There is no such set, or two; or it is malformed: no segment, one that is not closed in its
-                line or numbered twice, or segments of one language that the other has not.
+            ValueError: No set is named, or there is no such set, or two; or it is malformed: no segment, one that is
+                not alone and closed in its line or numbered twice, or segments of one language that the other has not.
         """
         pairs = (
             (place, html.unescape(source), html.unescape(target)) for place, source, target in self.segments(*names)
@@ -111,6 +111,11 @@ class IwsltText:
         Raises:
             ValueError: As in `evaluation`.
         """
+        if not names:
+            raise ValueError(
+                f"{self.origin}: expected the name of an evaluation set, got none; there are "
+                f"{', '.join(self.sets) or 'none'}: name some of these"
+            )
         place = 0
         for name in names:
             first, second = self._both(self._full_name(name))
@@ -297,11 +302,11 @@ def _segments(file: PackedFile) -> dict[tuple[str, int], str]:
             document, open_since = match[1] or str(documents), number
         elif text.lower().startswith("</doc>"):
             open_since = None
-        elif text.startswith("<seg"):
+        elif "<seg" in text:
             match = _SEGMENT.fullmatch(text)
             if match is None:
                 raise ValueError(
-                    f'{file.place}, line {number:,}: expected <seg id="…"> and its </seg> in one line, got '
+                    f'{file.place}, line {number:,}: expected <seg id="…"> and its </seg> alone in one line, got '
                     f"{text[:60]!r}; mend the file, or fetch it again"
                 )
             key = (document, int(match[1]))

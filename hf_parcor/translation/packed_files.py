@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 
@@ -102,6 +102,7 @@ def _members(place: str, stream: IO[bytes]) -> Iterator[tuple[str, Callable[[], 
                 content = tar.extractfile(member) if member.isfile() else None
                 if content is not None:
                     yield member.name, content.read
+            _check_ended(tar)
     elif zipfile.is_zipfile(stream):
         with zipfile.ZipFile(stream) as packed:
             for entry in packed.infolist():
@@ -112,3 +113,18 @@ def _members(place: str, stream: IO[bytes]) -> Iterator[tuple[str, Callable[[], 
             f"{place}: expected a folder, or one of {', '.join(ARCHIVES)}, got another file or a damaged one; give "
             "the archive as it was published"
         )
+
+
+def _check_ended(tar: tarfile.TarFile) -> None:
+    """Refuse an archive whose files go on behind the last one that was read: the library stops at a damaged header.
+
+    Raises:
+        tarfile.ReadError: There is no end where it should be.
+        OSError: What it is packed in is damaged further on.
+    """
+    rest: Any = tar.fileobj
+    rest.seek(tar.offset)
+    if rest.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("neither a file nor the end behind the last file")
+    while rest.read(1 << 20):  # gzip checks its sum at the end
+        pass

@@ -181,6 +181,8 @@ MALFORMED = {
     "no train": (without(GERMAN, ENGLISH), "train", "expected train.tags.de-en.de"),
     "an open segment": (changed(DEV, " </seg>", ""), "dev2010", r"line 8: expected <seg"),
     "a segment over two lines": (changed(DEV, "dev2010 1", "dev2010\n1"), "dev2010", r"line 8: expected <seg"),
+    "two segments in a line": (changed(DEV, " </seg>\n<seg", " </seg> <seg"), "dev2010", r"line 8: expected <seg"),
+    "a segment behind a tag": (changed(DEV, '<seg id="2"', '<hl><seg id="2"'), "dev2010", r"line 9: expected <seg"),
     "a segment without a number": (changed(DEV, ' id="1"', ""), "dev2010", r"line 8: expected <seg"),
     "a segment twice": (changed(DEV, 'id="2"', 'id="1"'), "dev2010", r"line 9: .*once, got number 1"),
     "a segment too few": (
@@ -205,13 +207,29 @@ def test_what_is_malformed_is_an_error(case, tmp_path):
         text.train() if what == "train" else text.evaluation(what)
 
 
+def test_no_set_is_named(tmp_path):
+    """As where a distribution has no development set, and all of them are asked for."""
+    text = read_iwslt(in_folder(FILES, tmp_path / "de-en"), "de", "en")
+    with pytest.raises(ValueError, match=r"expected the name of an evaluation set, got none; there are TED\.dev2010"):
+        text.evaluation()
+
+
 CUT = tar(distribution(train=([[f"{n * n * 7919 % 10007} x" for n in range(3000)]], [["x"] * 3000])))
+BARE = tar(FILES, mode="w:")
+SECOND = BARE.index(b"de-en/IWSLT14.TED.tst2012")  # its header, behind that of other files
+DAMAGED = BARE[:SECOND] + b"?" + BARE[SECOND + 1 :]
 WRONG = {
     "nothing": (lambda path: path / "nowhere", "found nothing"),
     "nothing, an archive": (lambda path: "data/de-en.tgz", "found nothing"),
     "another pair": (lambda path: in_folder(OTHER, path / "x"), r"expected train\.tags\.de-en"),
     "an archive of another pair": (lambda path: write(path / "a.zip", zipped(OTHER)), r"expected train\.tags\.de-en"),
     "a cut .tgz": (lambda path: write(path / "de-en.tgz", CUT[: len(CUT) // 2]), "expected a whole archive"),
+    "a cut .tgz of which all files are there": (
+        lambda path: write(path / "de-en.tgz", gzip.compress(BARE)[:-4]), "expected a whole archive",
+    ),
+    "a damaged .tar": (lambda path: write(path / "de-en.tar", DAMAGED), "expected a whole archive"),
+    "a damaged .tar in gzip": (lambda path: write(path / "de-en.tgz", gzip.compress(DAMAGED)), "a whole archive"),
+    "a .tar cut between its files": (lambda path: write(path / "de-en.tar", BARE[:SECOND]), "a whole archive"),
     "a cut .zip": (lambda path: write(path / "de-en.zip", zipped(FILES)[:-30]), "damaged one"),
     "another file": (lambda path: write(path / "de-en.tgz", b"<html>404</html>"), "got another file"),
     "a cut archive within": (
