@@ -276,6 +276,12 @@ def load_texts(data: DataArguments, splits: Sequence[str], cache_dir: str | None
         raise ValueError("--iwslt, --dataset_name: expected one of them, got both; leave one out")
     if data.papers_preparation and data.iwslt is None:
         raise ValueError("--papers_preparation: expected --iwslt, the distribution of 2014, got none; say where it is")
+    named = [name for name in ("iwslt_validation_sets", "iwslt_test_sets") if getattr(data, name) is not None]
+    if named and (data.papers_preparation or data.iwslt is None):
+        raise ValueError(
+            f"{', '.join(named)}: expected --iwslt beside it, and no --papers_preparation, which has its own, got "
+            f"{'that' if data.papers_preparation else 'no --iwslt'}; leave one or the other out"
+        )
     official: dict[str, ParallelText] = {}
     if data.iwslt is not None:
         official = load_iwslt(data, [split for split in splits if not any(files_of(data, split))], cache_dir)
@@ -345,6 +351,12 @@ def check_average(count: int | None, training: Seq2SeqParameterDefenseTrainingAr
     if training.save_strategy == "no":
         raise ValueError(
             "average_checkpoints: expected checkpoints, got --save_strategy no; pass --save_strategy epoch, or steps"
+        )
+    if training.metric_for_best_model is not None:
+        raise ValueError(
+            "average_checkpoints: expected no best checkpoint beside it, which would be the model instead, and stay "
+            f"among the last, got --metric_for_best_model {training.metric_for_best_model}; leave that and "
+            "--load_best_model_at_end out"
         )
     kept = training.save_total_limit
     if kept is not None and kept < count:

@@ -250,6 +250,11 @@ def with_a_checkpoint(folder: Path) -> dict[str, object]:
         (lambda folder: {"train_target_file": str(folder / "test.en.gz")}, "expected as many lines, got 36 and 4"),
         (lambda folder: {"iwslt": "de-en.tgz", "dataset_name": "a/b"}, "--iwslt, --dataset_name: expected one"),
         (lambda folder: {"papers_preparation": True}, "--papers_preparation: expected --iwslt"),
+        (
+            lambda folder: {"iwslt": "de-en.tgz", "papers_preparation": True, "iwslt_test_sets": ["tst2012"]},
+            "iwslt_test_sets: expected --iwslt beside it, and no --papers_preparation, .* got that",
+        ),
+        (lambda folder: {"iwslt_validation_sets": ["dev2010"]}, "iwslt_validation_sets: expected .* got no --iwslt"),
         (lambda folder: {"vocabulary_kind": "letters"}, "vocabulary_kind: expected bpe or unigram, got 'letters'"),
         (lambda folder: {"max_length": 3}, "expected a pair of at most 3 tokens, found none; left out 36"),
         (lambda folder: {"generation_max_length": 66}, "max_length: expected at most 64 tokens"),
@@ -284,6 +289,10 @@ def with_a_checkpoint(folder: Path) -> dict[str, object]:
         (
             lambda folder: {"average_checkpoints": 4},
             "average_checkpoints: expected at most 3, one for each of --num_train_epochs, got 4",
+        ),
+        (
+            lambda folder: {"average_checkpoints": 2, "eval_strategy": "epoch", "load_best_model_at_end": True},
+            "average_checkpoints: expected no best checkpoint beside it, .* got --metric_for_best_model loss",
         ),
         (with_a_checkpoint, "output_dir: expected none with checkpoints of another run, .* got .*checkpoint-99"),
         (lambda folder: {"do_train": False}, "vocabulary: expected text to train one on, got none"),
