@@ -39,8 +39,8 @@ class ParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Trainer):
 class Seq2SeqParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Seq2SeqTrainer):
     """A `transformers.Seq2SeqTrainer` with the additions of `ParameterDefenseTrainer`.
 
-    On several processes, evaluation and prediction give each row once, as a `Trainer` does. `Seq2SeqTrainer` keeps the
-    rows that fill up the last batches too, and its metrics count these twice.
+    Evaluation and prediction count each row once, as a `Trainer` does. In the loss of `Seq2SeqTrainer`, a last batch
+    of fewer rows counts as a full one; and on several processes its metrics count the rows that fill it up, too.
 
     Examples:
         >>> import tempfile

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, Seq2SeqTrainer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Seq2SeqTrainer,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
 
 from hf_parcor import (
     CorruptionConstraint,
@@ -57,3 +64,16 @@ def test_last_decoder_layer(build, layer, arguments):
     ours, theirs = trainer.evaluate(), stock.evaluate()
     assert ours["eval_loss"] == theirs["eval_loss"]
     assert ours["eval_tokens"] > 0  # it generated
+
+
+@pytest.mark.slow
+def test_a_last_batch_of_fewer_rows_counts_for_as_many(arguments):
+    torch.manual_seed(0)
+    settings = arguments(Seq2SeqParameterDefenseTrainingArguments, per_device_eval_batch_size=4)
+    rows = [{"input_ids": torch.randint(3, 30, (6,)), "labels": torch.randint(3, 30, (5,))} for _ in range(5)]
+    model = tiny_t5()
+    ours, plain, stock = (
+        kind(model=model, args=settings, eval_dataset=rows).evaluate()["eval_loss"]
+        for kind in (Seq2SeqParameterDefenseTrainer, Trainer, Seq2SeqTrainer)
+    )
+    assert ours == plain != stock
