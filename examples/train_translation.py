@@ -413,7 +413,7 @@ def main() -> None:
     check_average(data.average_checkpoints, training)
     corruptions = robustness.read(())  # before hours of training
     training.predict_with_generate = True
-    if training.generation_num_beams is None:
+    if training.generation_num_beams is None and training.generation_config is None:
         training.generation_num_beams = 5  # as the papers
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
@@ -424,6 +424,9 @@ def main() -> None:
     source, target = load_vocabularies(model_arguments, texts.get("train"), tokenized)
     set_seed(training.seed)  # the weights do not depend on whether a vocabulary was trained
     model = load_model(model_arguments, source, target)
+    if training.generation_config is not None:  # the Trainer would put it in place of one that knows the language
+        model.generation_config = TranslationTrainer.load_generation_config(training.generation_config)
+        training.generation_config = None
     name_languages(model, source, data)
     max_length = min(
         fitting_length(model, tokenizer, MAX_LENGTH, data.max_length, decoder=decoder)

@@ -225,6 +225,24 @@ class TestPretrainedModels:
         begun = {generation.forced_bos_token_id, generation.decoder_start_token_id}
         assert tokenizer.convert_tokens_to_ids(names[1]) in begun
 
+    @pytest.mark.slow
+    def test_a_generation_configuration_is_told_the_language(self, files, monkeypatch):
+        model, data = MANY_LANGUAGES["nllb"](files / "model"), write_pairs(files / "pairs.tsv")
+        ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+        path = files / "generation.json"
+        path.write_text(json.dumps({**ids, "num_beams": 2, "max_new_tokens": 5}))
+        stock, begun = transformers.GenerationMixin.generate, []
+
+        def generate(self, **settings):
+            found = stock(self, **settings)
+            begun.append((settings.get("num_beams"), self.generation_config.num_beams, int(found[0, 1])))
+            return found
+
+        monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
+        codes = {"source_code": "eng_Latn", "target_code": "deu_Latn", "generation_config": str(path)}
+        run(monkeypatch, files, **self.of_pairs(model, data, max_length=20, do_train=False, **codes))
+        assert set(begun) == {(None, 2, AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("deu_Latn"))}
+
     def test_a_model_without_languages_is_given_none(self, files, monkeypatch):
         model, data = save_t5(files / "model"), write_pairs(files / "pairs.tsv")
         with pytest.raises(ValueError, match="expected a tokenizer that has some"):
