@@ -23,6 +23,7 @@ from hf_parcor.tasks.text_generation import decoders
 
 _MAX_LENGTH = 512
 _OF_SACREBLEU = ("bleu", "chrf", "ter")
+_OF_TWO_MODELS = "EncoderDecoderModel"  # those with an encoder of images or sound end so too
 
 
 class SequenceToSequence(Task):
@@ -36,7 +37,8 @@ class SequenceToSequence(Task):
     def has_head(self, architectures: Sequence[str]) -> bool:
         """Return whether a model of these architectures encodes texts: decoders, and what hears, are named alike."""
         named_alike = decoders() | speech_models()
-        return super().has_head([name for name in architectures if name not in named_alike])
+        own = [name for name in architectures if name not in named_alike]
+        return _OF_TWO_MODELS in own or super().has_head(own)
 
     def prepare(self, processed: Processed) -> None:
         """Set the languages that are asked for.
@@ -46,7 +48,8 @@ class SequenceToSequence(Task):
         """
         super().prepare(processed)
         encoding, config = processed.encoding, processed.model.config
-        shared = getattr(config, "share_encoder_decoder_embeddings", True)
+        sizes = [getattr(getattr(config, side, None), "vocab_size", None) for side in ("encoder", "decoder")]
+        shared = getattr(config, "share_encoder_decoder_embeddings", None in sizes or sizes[0] == sizes[1])
         if not shared and not getattr(processed.processor, "separate_vocabs", False):
             raise InputError(
                 "tokenizer: expected one with a vocabulary for sources and one for targets, as the model has, got "

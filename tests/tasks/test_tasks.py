@@ -662,6 +662,8 @@ class TestGuess:
             ("T5ForConditionalGeneration", ("a", "b", "c"), {"source": "a", "target": "b"}, ""),
             ("T5ForConditionalGeneration", ("text", "summary", "source", "target"), {}, ""),
             ("T5ForConditionalGeneration", ("a", "b", "c"), {}, ""),
+            ("EncoderDecoderModel", ("document", "summary"), {}, "summarization"),
+            ("EncoderDecoderModel", ("de", "en"), {}, "translation"),
             ("BertForSequenceClassification", ("a", "b", "c"), {}, "text-classification"),
             ("MarianMTModel", ("de", "en"), {"source": "de", "target": "en"}, "translation"),
             ("MarianMTModel", ("document", "summary"), {}, "translation"),
@@ -682,6 +684,9 @@ class TestGuess:
         check_head(TASKS["translation"], str(tmp_path))
         with pytest.raises(InputError, match="a head for summarization"):
             check_head(TASKS["summarization"], str(tmp_path))
+
+    def test_a_model_that_sees_does_not_translate(self):
+        assert not TASKS["translation"].has_head(["VisionEncoderDecoderModel"])
 
     def test_a_model_without_a_head(self, tmp_path):
         model = save_bert(tmp_path / "model", transformers.BertModel)
@@ -723,6 +728,17 @@ class TestPairsAndPrefixes:
             else:
                 with pytest.raises(InputError, match="tokenizer: expected one with a vocabulary for sources and one"):
                     TASKS["translation"].prepare(processed)
+
+    @pytest.mark.parametrize("of_targets", [9, 7])
+    def test_nor_is_one_of_two_models(self, of_targets):
+        first, second = (transformers.BertConfig(**tiny.encoder(words)) for words in (9, of_targets))
+        config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(first, second)
+        processed = Processed(transformers.EncoderDecoderModel(config), word_tokenizer(WORDS, pad_token="[PAD]"))
+        if of_targets == 9:
+            TASKS["translation"].prepare(processed)
+        else:
+            with pytest.raises(InputError, match="tokenizer: expected one with a vocabulary for sources and one"):
+                TASKS["translation"].prepare(processed)
 
     def test_a_tokenizer_that_cannot_pad(self, tmp_path):
         folder = save_bert(tmp_path / "model")
