@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 _NO_COUNTER = object()
 _DATA = ("train_dataset", "eval_dataset")  # a list of numbers may be either
+_SMALL = 1 << 16  # entries; what is counted is smaller, and copied in each pass
 
 
 class _Begun(threading.local):
@@ -144,13 +145,21 @@ def _unhook(owner: nn.Module | Tensor, where: str, function: Callable[..., Any])
         del hooks[key]
 
 
+def counters_in(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of the attributes that a Trainer counts in; two that are one object stay one.
+
+    They hold numbers alone: one, a small tensor, a dictionary or list of numbers; or None, before the first.
+    """
+    seen: dict[int, Any] = {}
+    copies = {name: _copy_of_counter(value, seen) for name, value in attributes.items() if name not in _DATA}
+    return {name: kept for name, kept in copies.items() if kept is not _NO_COUNTER}
+
+
 @contextmanager
 def counters_kept(trainer: object) -> Iterator[None]:
     """Let a Trainer write its numbers into copies that are thrown away afterwards, and log nothing.
 
     Trainers count and average in `compute_loss`: TRL's the tokens seen, sentence-transformers' the parts of the loss.
-    What counts as a counter is an attribute that holds numbers alone, one or a dictionary or list of them. Two that
-    are one object stay one.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -162,11 +171,9 @@ def counters_kept(trainer: object) -> Iterator[None]:
         (20, {'train': {'entropy': [2.9]}})
     """
     attributes = vars(trainer)
-    seen: dict[int, Any] = {}
-    copies = {name: _copy_of_counter(value, seen) for name, value in attributes.items() if name not in _DATA}
     with ExitStack() as block:
         undo_at_end(block, _forget_counters_beyond, attributes, set(attributes))
-        override(block, trainer, **{name: kept for name, kept in copies.items() if kept is not _NO_COUNTER})
+        override(block, trainer, **counters_in(attributes))
         if hasattr(trainer, "log"):
             override(block, trainer, log=lambda *args, **kwargs: None)
         yield
@@ -178,29 +185,29 @@ def _forget_counters_beyond(attributes: dict[str, Any], known: set[str]) -> None
             del attributes[name]  # begun in this pass
 
 
-def _copy_of_counter(value: Any, seen: dict[int, Any]) -> Any:
+def _copy_of_counter(value: Any, seen: dict[int, Any], most: int = _SMALL) -> Any:
     """Return a copy that shares nothing with the counter which can be changed; `_NO_COUNTER` of what is none.
 
     Lists may hold millions of numbers: what they hold is judged by the few types of it, and copied, without a Python
     instruction an entry.
     """
-    if isinstance(value, (int, float)):
+    if value is None or isinstance(value, (int, float)):
         return value
     if id(value) in seen:
         return seen[id(value)]
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+    if isinstance(value, Tensor) and value.numel() <= most and not value.requires_grad:
         seen[id(value)] = value.clone()
         return seen[id(value)]
     if not isinstance(value, (dict, list, deque)):
         return _NO_COUNTER
-    entries = value.values() if isinstance(value, dict) else value
+    entries, most = (value.values(), most) if isinstance(value, dict) else (value, 1)
     first = next(iter(entries), 0)
-    if _copy_of_counter(first, seen) is _NO_COUNTER:
+    if _copy_of_counter(first, seen, most) is _NO_COUNTER:
         return _NO_COUNTER  # rows of data, texts: the others need no look
     kept = copy.copy(value)
     if not all(issubclass(kind, (int, float)) for kind in set(map(type, entries))):
         for place, entry in list(kept.items()) if isinstance(kept, dict) else enumerate(kept):
-            part = _copy_of_counter(entry, seen)
+            part = _copy_of_counter(entry, seen, most)
             if part is _NO_COUNTER:
                 return _NO_COUNTER
             kept[place] = part

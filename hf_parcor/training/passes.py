@@ -17,7 +17,7 @@ from hf_parcor.defenses import Defense, Objective
 from hf_parcor.distributed.ddp import data_parallel, unfinished_forward, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.model_state import StepBuffers, devices_of, modules_of, train_without_walk
-from hf_parcor.overriding import counters_kept, override, overriding
+from hf_parcor.overriding import counters_in, counters_kept, override, overriding
 from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
 
@@ -167,7 +167,7 @@ class TrainerPasses(Passes):
     What other code does in a pass does not reach the next one. The Trainer prepares the batch once (it may augment or
     generate there), and each pass gets it, or the part that the defense asks for, as it was prepared, in containers
     and tensors of its own; the first pass over the whole batch gets the prepared one itself, as in a stock step. Only
-    that pass moves the numbers that the Trainer counts itself.
+    that pass moves the numbers that the Trainer counts itself, and the loss finds the same ones in all passes.
 
     Args:
         trainer: The Trainer.
@@ -198,6 +198,7 @@ class TrainerPasses(Passes):
         self._inputs: Any = inputs
         self._as_given: Any = private_copy(inputs)
         self._given = self._prepares_nothing = self._counted = False
+        self._counters: dict[str, Any] | None = None  # as the first loss finds them
         self._prepared: list[Any] = []
         self._as_prepared: Any = None
 
@@ -229,6 +230,10 @@ class TrainerPasses(Passes):
             self.prepare()
 
         def compute_objective(*args: Any, **kwargs: Any) -> Any:
+            if self._counters is None:
+                self._counters = counters_in(vars(trainer))
+            if index != self._counting:
+                override(stack, trainer, **counters_in(self._counters))
             result = self._compute_loss(*args, **kwargs)
             loss, *outputs = result if isinstance(result, tuple) else (result,)
             if trainer.args.n_gpu > 1:

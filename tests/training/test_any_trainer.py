@@ -10,7 +10,7 @@ import torch
 from for_each import for_each
 from longhand import longhand
 from torch import nn
-from trainings import UNMOVED, stacked
+from trainings import UNMOVED, losses_of, stacked
 from transformers import Trainer
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
@@ -18,6 +18,7 @@ from hf_parcor.overriding import counters_kept
 
 EPSILON = 0.2
 L2 = CorruptionConstraint(epsilon=EPSILON)
+NEARLY_NONE = CorruptionConstraint(epsilon=1e-9)
 ONE_STEP = {**UNMOVED, "max_steps": 1}
 
 
@@ -64,6 +65,35 @@ def test_counts_and_logs_a_batch_once_as_the_stock_trainer_does(tiny_bert, train
     assert stock.books()[:2] == (6, 6 * 4 * 8)
 
 
+class Controlling(Trainer):
+    """Weighs its loss by what it counted in the steps before, as a controller of the entropy does."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.window, self.weight, self.sums = None, 1.0, []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen = torch.tensor([1.0, inputs["input_ids"].numel()])
+        loss = self.weight * super().compute_loss(model, inputs, *args, **kwargs)
+        self.window = seen if self.window is None else self.window + seen
+        if self.accelerator.sync_gradients:
+            self.weight += float(self.window[0])
+            self.sums.append(float(self.window[1]))
+            self.window = None
+        return loss
+
+
+@for_each("defense", [MultiStepRisk(NEARLY_NONE, steps=2), SAM(NEARLY_NONE)])
+@for_each("target", ["all", "last-encoder-layer"])
+def test_every_pass_finds_the_counts_that_the_first_one_found(tiny_bert, train, defense, target):
+    options = {"gradient_accumulation_steps": 2, "optim": "sgd"}
+    stock = train(Controlling, tiny_bert(dropout=0.0), options)
+    ours = train(defended(Controlling), tiny_bert(dropout=0.0), options, defense=defense, target_modules=target)
+    assert ours.sums == stock.sums
+    assert ours.weight == stock.weight > 4
+    assert losses_of(ours) == pytest.approx(losses_of(stock), rel=1e-5)
+
+
 def test_books_come_back_as_they_were_after_an_error_too(tiny_bert, train, arguments):
     trainer = Counting(model=tiny_bert(), args=arguments(), train_dataset=[0.5, 0.25])
     trainer.losses = [torch.ones(3)]
@@ -106,9 +136,11 @@ BOOKS = {
     "a late text": ([0.5, 0.25, "text"], False),
     "a late vector": ({"a": [0.5], "b": [0.5, torch.ones(3)]}, False),
     "rows": ([{"labels": 1, "text": "a"}], False),
-    "a vector": (torch.ones(3), False),
+    "a vector": (torch.ones(3), True),
+    "a vector inside": ({"train": torch.ones(3)}, True),
+    "a large one": (torch.ones(1 << 17), False),
     "a trained scalar": (torch.ones((), requires_grad=True), False),
-    "none": (None, False),
+    "none": (None, True),
 }
 
 
@@ -117,12 +149,12 @@ def test_a_book_is_copied_and_nothing_else_is(kind):
     value, is_book = BOOKS[kind]
     trainer = SimpleNamespace(first=value, second=value, inside={"of": value})
     with counters_kept(trainer):
-        assert (trainer.first is not value) == (is_book and not isinstance(value, int))
+        assert (trainer.first is not value) == (is_book and not isinstance(value, (int, type(None))))
         assert trainer.first is trainer.second
         assert trainer.first is trainer.inside["of"], "what is one object stays one"
         assert type(trainer.first) is type(value)
         if is_book:
-            assert trainer.first == value
+            assert repr(trainer.first) == repr(value)
         trainer.opened = value
     assert trainer.first is value
     assert trainer.inside["of"] is value
