@@ -118,13 +118,15 @@ def probability(value: float) -> str:
     """Return a p-value as a sentence says it.
 
     Examples:
-        >>> probability(0.0312), probability(1e-9), probability(0.0496)
-        ('p = 0.031', 'p < 0.001', 'p = 0.0496')
+        >>> probability(0.0312), probability(1e-9), probability(0.0496), probability(0.04998)
+        ('p = 0.031', 'p < 0.001', 'p = 0.0496', 'p = 0.04998')
     """
-    said = f"{value:.2g}"
-    if said == "0.05":  # on which side of the usual level
-        said = f"{value:.3g}"
-    return "p < 0.001" if value < 0.001 else f"p = {said}"
+    if value < 0.001:
+        return "p < 0.001"
+    digits = 2
+    while f"{value:.{digits}g}" == "0.05" and value != 0.05:  # on which side of the usual level
+        digits += 1
+    return f"p = {value:.{digits}g}"
 
 
 def _shown(value: float, style: str) -> str:
