@@ -113,16 +113,18 @@ def _findings(told: _Told) -> Iterator[Finding]:
         modules = told.scores.groups[weakest.group].modules
         few = modules if len(modules) <= 3 else [weakest.group]
         spared = targets_of(few, told.scores.groups, told.scores.outside)
+        of_how_many = f"weakest of {count} parts" if count > 1 else "only part"
         (described,) = told.scores.formats.values()
         yield Finding(
-            f"{name} is the weakest of {count} parts in {told.format}: by itself it changes {metric} from {clean} by "
+            f"{name} is the {of_how_many} in {told.format}: by itself it changes {metric} from {clean} by "
             f"{told.change(weakest)}{seconds}.",
-            f"Keep it in more bits than the others.{worth}",
+            f"Keep it in more bits{' than the others' if count > 1 else ''}.{worth}",
             remedy(spared, described.get("corruption", ""), described.get("settings", {})),
         )
     yield Finding("", _what_was_rounded(told))
     known = len(told.measured)
-    of_all = f"All {count} parts were measured." if known == count else _of_the_others(told)
+    every_one = f"All {count} parts were measured." if count > 1 else "It was measured."
+    of_all = every_one if known == count else _of_the_others(told)
     ranks = told.scores.correlations(told.moved) if known > 2 else {}
     shown = ", ".join(
         f"{score} {value:.2f}".replace("-", "−") for score, value in ranks.items() if not math.isnan(value)

@@ -105,7 +105,6 @@ class _Told:
         # One part alone changes an accuracy by a few rows, which is chance: what it was chosen by tells more.
         by_divergence = recipe.by == DIVERGENCE and DIVERGENCE in scores.clean
         self.of_parts = DIVERGENCE if by_divergence else self.metric if self.metric in scores.clean else scores.metric
-        self.numbers_of_parts = Numbers(scores.info(self.of_parts).unit)
         self.formats = short_formats(recipe.formats)
         self.names = short_names(recipe.choice)
 
@@ -119,7 +118,7 @@ class _Told:
 
     def cost(self, metric: str, drop: float) -> str:
         """Return what parts cost, without its unit."""
-        if metric == DIVERGENCE:
+        if metric == DIVERGENCE and math.isfinite(drop):
             rounded = f"{float(f'{1000 * abs(drop):.2g}'):g}"  # two digits that count, and no exponent above 1
             return f"−{rounded}" if drop < 0 else rounded
         return Numbers(self.scores.info(metric).unit).plain_difference(drop)
@@ -127,9 +126,14 @@ class _Told:
     def caption(self, metric: str) -> str:
         """Return what `cost` says, with its unit."""
         info = self.scores.info(metric)
-        word = "drop" if info.greater_is_better else "rise"
-        unit = "thousandths of a nat" if metric == DIVERGENCE else Numbers(info.unit).unit_of_differences
+        word, unit = "drop" if info.greater_is_better else "rise", self.unit_of_cost(metric)
         return f"{word} of {metric}" + (f" in {unit}" if unit else "")
+
+    def unit_of_cost(self, metric: str) -> str:
+        """Return the unit of `cost`; "" for none."""
+        if metric == DIVERGENCE:
+            return "thousandths of a nat"
+        return Numbers(self.scores.info(metric).unit).unit_of_differences
 
     def bits_of_base(self, group: str) -> float:
         """Return how many bits a part has in the format of most weights; if it does not fit, the average of all."""
@@ -438,7 +442,8 @@ def _heat_map(told: _Told, largest: float) -> Table:
 def _strongest(told: _Told, largest: float) -> str:
     if largest == 0:
         return "No cell has a colour, since none that was measured is worse than without quantization."
-    return f"The stronger the colour, the worse it is; the strongest is {told.numbers_of_parts.difference(largest)}."
+    shown = f"{told.cost(told.of_parts, largest)} {told.unit_of_cost(told.of_parts)}".rstrip()
+    return f"The stronger the colour, the worse it is; the strongest is {shown}."
 
 
 def _choice(told: _Told) -> Table:

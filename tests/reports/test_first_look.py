@@ -78,7 +78,12 @@ def record(values, metric="loss", clean=2.0, divergence=None, **settings) -> Sen
         ([0.0, 0.0], {"clean": 0.0}, ["No part alone is weak", "none of them makes it worse at all"], ["weakest"]),
         ([0.5, 0.0], {"clean": 0.0}, ["layers.0 is the weakest of 2", "no other that was measured"], ["No part"]),
         ([3.0, 2.5], {"evaluated_on": EvaluationData("dev", rows=40)}, [], ["One of 40 rows"]),
-        ([3.0], {}, ["layers.0 is the weakest of 1", "CorruptionRisk(Quantization(bits=4))"], ["the next"]),
+        (
+            [3.0],
+            {},
+            ["layers.0 is the only part in", "CorruptionRisk(Quantization(bits=4))"],
+            ["the next", "than the others", "All 1"],
+        ),
         ([3.0], {}, ["target_modules=['layers.0']"], []),
         ([2.0, math.nan, 3.0], {}, ["layers.1 is the weakest of 3", "nan"], []),
         ([2.0, math.inf, 3.0], {}, ["layers.1 is the weakest of 3", "∞"], []),

@@ -93,11 +93,12 @@ def test_the_heat_map_shows_what_the_recipe_was_chosen_by(tmp_path) -> None:
     )
     infos = {"divergence": MetricInfo(False, "nats")}
     scores = replace(scores, cells=cells, clean={**scores.clean, "divergence": 0.0}, metric_info=infos)
-    text = (
-        RecipeReport(scores, recipe(scores, bits=4.5), None).to_markdown(tmp_path / "a.md").read_text(encoding="utf-8")
-    )
+    page = RecipeReport(scores, recipe(scores, bits=4.5), None)
+    text = page.to_markdown(tmp_path / "a.md").read_text(encoding="utf-8")
     assert "rise of divergence" in text
     assert re.search(r"\| +12 ", text), "thousandths"
+    html = page.to_html(tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "the strongest is 12 thousandths of a nat." in html
     by_loss = RecipeReport(scores, recipe(scores, bits=4.5, by="loss"), None)
     assert "drop of accuracy" in by_loss.to_markdown(tmp_path / "b.md").read_text(encoding="utf-8")
 
