@@ -268,7 +268,8 @@ class _TrainerDefense:
         """Read flags that changed, and go on from a checkpoint."""
         changed = self.settings.changed(trainer.args)
         if "defense" in changed:  # else the one that was assigned of late stays
-            self.defense = self.settings.defense(trainer.args)
+            # A search leaves the flags of its last trial, which may be of another defense.
+            self.defense = self.settings.defense(trainer.args, strict=False)
         if changed:
             self._take_settings(trainer)
         else:

@@ -122,33 +122,39 @@ class Seq2SeqParameterDefenseTrainingArguments(DefenseArguments, Seq2SeqTraining
     """
 
 
-def build_defense(arguments: DefenseArguments) -> Defense | None:
+def build_defense(arguments: DefenseArguments, *, strict: bool = True) -> Defense | None:
     """Return the defense that the flags describe, None for the stock training step.
 
     Each setting of the chosen defense has the value of its flag, or what is read from it.
+
+    Args:
+        arguments: With the flags.
+        strict: Whether a flag that the chosen defense does not know is an error. False warns, as of no defense.
 
     Raises:
         ValueError: An unknown defense, a setting out of range, or a flag that the chosen defense does not know.
         TypeError: A setting of another type, as a file may have it: "1e-3" in quotes is no number, "false" no flag.
         NotImplementedError: The defense does not support this combination of settings.
     """
-    if arguments.defense == NO_DEFENSE:
-        unread = _unread(arguments, ())
-        if unread:  # no error: what a file sets for a defense is often run once without
-            told = ", ".join(f"--{flag}" for flag in unread)
-            logger.warning(f"--defense {NO_DEFENSE}: there is nothing that {told} would set; nothing is defended.")
-        return None
-    if arguments.defense not in DEFENSES:
+    name = arguments.defense
+    if name not in (*DEFENSES, NO_DEFENSE):
         known = ", ".join([*DEFENSES, NO_DEFENSE])
-        raise ValueError(f"defense: expected one of {known}, got {arguments.defense!r}; choose one of these")
-    chosen = DEFENSES[arguments.defense]
-    flags = {setting.name: _flag_of(setting) for _, setting in _settings_of(chosen)}
-    values = {name: getattr(arguments, flag) for name, flag in flags.items()}
-    for flag in _unread(arguments, flags.values()):
+        raise ValueError(f"defense: expected one of {known}, got {name!r}; choose one of these")
+    chosen = DEFENSES.get(name)
+    flags = {} if chosen is None else {setting.name: _flag_of(setting) for _, setting in _settings_of(chosen)}
+    unread = _unread(arguments, flags.values())
+    if unread and strict and chosen is not None:
         raise ValueError(
-            f"--{flag}: expected a setting of {arguments.defense}, got {getattr(arguments, flag)!r} for one that it "
+            f"--{unread[0]}: expected a setting of {name}, got {getattr(arguments, unread[0])!r} for one that it "
             "does not have; leave the flag out"
         )
+    if unread:  # no error: what a file sets for a defense is often run once without
+        told = ", ".join(f"--{flag}" for flag in unread)
+        what = "; nothing is defended" if chosen is None else ""
+        logger.warning(f"--defense {name}: there is nothing that {told} would set{what}.")
+    if chosen is None:
+        return None
+    values = {setting: getattr(arguments, flag) for setting, flag in flags.items()}
     for setting in fields(chosen):
         if "from_flag" in setting.metadata:
             if values[setting.name] is None:
@@ -230,12 +236,12 @@ class DefenseSettings:
                     "leave one of the two out"
                 )
 
-    def defense(self, arguments: TrainingArguments) -> Defense | None:
-        """Return the defense, None for the stock training step."""
+    def defense(self, arguments: TrainingArguments, *, strict: bool = True) -> Defense | None:
+        """Return the defense, None for the stock training step; `strict` as for `build_defense`."""
         if "defense" in self._passed:
             given: Defense = self._passed["defense"]
             return given
-        return build_defense(arguments) if isinstance(arguments, DefenseArguments) else DEFAULT_DEFENSE
+        return build_defense(arguments, strict=strict) if isinstance(arguments, DefenseArguments) else DEFAULT_DEFENSE
 
     def selection(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Return the targets, as keyword arguments for `select_trainable`."""

@@ -12,6 +12,7 @@ from hf_parcor import (
     ACRT,
     SAM,
     CorruptionConstraint,
+    CorruptionRisk,
     DefenseConfig,
     MultiStepRisk,
     ParameterDefenseTrainer,
@@ -115,6 +116,29 @@ def test_searched_defense(build):
         for path in Path(trainer.args.output_dir).glob("run-*/*/defense_config.json")
     ]
     assert sorted(map(type, saved), key=str) == [ACRT, SAM]
+
+
+def test_a_trial_is_not_refused_for_what_another_one_searched(build, said):
+    """Transformers leaves on the arguments what a trial set: a setting that only one of the defenses has, say."""
+    trainer = build(ParameterDefenseTrainer, FLAGS)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    tried = []
+
+    def space(trial):
+        defense = trial.suggest_categorical("defense", ["multi_step_risk", "corruption"])
+        own = {"defense_steps": [2]} if defense == "multi_step_risk" else {"defense_corruption": ["gaussian=0.02"]}
+        return {"defense": defense, **{name: trial.suggest_categorical(name, values) for name, values in own.items()}}
+
+    def objective(metrics):
+        tried.append(trainer.defense)
+        return metrics["eval_loss"]
+
+    sampler = optuna.samplers.GridSampler({"defense": ["multi_step_risk", "corruption"]}, seed=0)
+    trainer.hyperparameter_search(
+        space, backend="optuna", n_trials=2, sampler=sampler, compute_objective=objective, direction="minimize"
+    )
+    assert sorted(map(type, tried), key=str) == [CorruptionRisk, MultiStepRisk]
+    assert len(said("there is nothing that --defense_")) == 1
 
 
 def test_flag_changed_by_hand_counts_from_the_next_run(build):
