@@ -145,10 +145,10 @@ def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str
 
     Raises:
         TargetError: None of them has an adapter, or some are of one, which merging takes away. A `ValueError`.
-        NotImplementedError: An adapter is no plain LoRA (with DoRA the change is not all that is merged), or it
-            changes a selected bias too, or a weight is sharded.
+        NotImplementedError: An adapter is no plain LoRA (with DoRA the change is not all that is merged, and tokens
+            that are trained replace rows), or it changes a selected bias too, or a weight is sharded.
     """
-    every = _lora_layers(model)
+    every = _layers(model, "LoraLayer")
     layers: dict[int, Any] = {id(_adapted(layer)): layer for layer in every}
     found = {name: layers[id(weight)] for name, weight in selected.items() if id(weight) in layers}
     if not found:
@@ -164,13 +164,18 @@ def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str
             f"merge_adapters: expected weights that are there when adapters are merged, got {len(vanishing)} of "
             f"adapters such as {vanishing[0]!r}; leave them out with exclude_modules=[r'.*\\.lora_.*'], or name others"
         )
-    changes = {}
-    for name, layer in found.items():
-        if getattr(layer, "lora_variant", None) or type(selected[name].data) is not Tensor:
+    others = [layer for layer in _layers(model, "BaseTunerLayer") if layer not in every or _adapted(layer) is None]
+    replaced = {id(weight) for layer in others for weight in layer.get_base_layer().parameters(recurse=False)}
+    for name, weight in selected.items():
+        variant = id(weight) in replaced or getattr(found.get(name), "lora_variant", None)
+        if variant or (name in found and type(weight.data) is not Tensor):
             raise NotImplementedError(
                 f"merge_adapters: expected plain LoRA on weights that lie whole on each process, got {name!r} with a "
-                "variant such as DoRA, or sharded; corrupt the weights alone: leave merge_adapters out"
+                "variant such as DoRA, with tokens that are trained, or sharded; leave it out with exclude_modules, "
+                "or corrupt the weights alone: leave merge_adapters out"
             )
+    changes = {}
+    for name, layer in found.items():
         active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
         bias = getattr(layer.get_base_layer(), "bias", None)
         if any(layer.lora_bias.get(adapter) for adapter in active) and any(one is bias for one in selected.values()):
@@ -189,6 +194,6 @@ def _adapted(layer: Any) -> Tensor | None:
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
 
 
-def _lora_layers(model: nn.Module) -> list[Any]:
-    """Return the layers with LoRA; known by name, so that PEFT need not be there."""
-    return [module for module in model.modules() if any(kind.__name__ == "LoraLayer" for kind in type(module).__mro__)]
+def _layers(model: nn.Module, kind: str) -> list[Any]:
+    """Return the layers of a kind of PEFT's; known by name, so that it need not be there."""
+    return [module for module in model.modules() if any(one.__name__ == kind for one in type(module).__mro__)]

@@ -245,6 +245,7 @@ def test_what_is_corrupted_is_what_merging_makes(tiny_bert, kind, adapted):
     [
         ({"use_dora": True}, ["base_layer"], NotImplementedError),
         ({"lora_bias": True}, ["base_layer"], NotImplementedError),  # which moves the bias beside the weight
+        ({"trainable_token_indices": {"word_embeddings": [3]}}, ["base_layer"], NotImplementedError),
         ({}, ["lora_A"], ValueError),
         ({}, None, ValueError),
         ({}, "all-linear", ValueError),  # adapters are linear layers too, which merging takes away
