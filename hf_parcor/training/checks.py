@@ -248,7 +248,7 @@ def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> Non
         return
     frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
     if frozen:
-        adapted = any(".lora_A." in name for name in selected)
+        adapted = any(".lora_A." in name for name in selected) and not all(".lora_" in name for name in frozen)
         adapters = "name the adapters alone (target_modules=['lora_A', 'lora_B'], with layers= those of some layers), "
         raise ValueError(
             f"target_modules: expected trainable parameters, got {len(frozen)} frozen ones such as {frozen[0]!r}; "

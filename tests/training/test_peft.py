@@ -208,6 +208,19 @@ def test_the_adapters_of_a_layer_are_named_as_the_refusal_of_all_of_it_says(lora
     assert "lora_A" not in str(caught.value).partition("need")[2]
 
 
+def test_adapters_that_are_frozen_are_excluded_as_their_refusal_says(lora, arguments):
+    """As of the one that TRL adds to adapters that were trained before, to be the reference."""
+    model = lora()
+    model.add_adapter("ref", model.peft_config["default"])
+    adapters = ["lora_A", "lora_B"]
+    with pytest.raises(ValueError, match="8 frozen") as caught:
+        ParameterDefenseTrainer(model=model, args=arguments(), target_modules=adapters)
+    assert "name the adapters" not in str(caught.value)
+    assert "exclude them with exclude_modules" in str(caught.value)
+    trainer = ParameterDefenseTrainer(model=model, args=arguments(), target_modules=adapters, exclude_modules=["ref"])
+    assert len(trainer.defended_parameters()) == 8
+
+
 def test_what_the_refusal_of_a_frozen_base_names_is_not_refused(lora, arguments):
     """The class and the flag that it names: neither needs a gradient of what is frozen."""
     with pytest.raises(ValueError, match="frozen") as caught:
