@@ -75,7 +75,8 @@ class BufferSnapshot:
         large: Which larger buffers to keep the values of.
 
     Attributes:
-        values: The values that are kept, in the order of the buffers.
+        kept: The buffers whose values are kept, each once; written there, no graph takes it for overwritten.
+        values: These values, in the same order.
     """
 
     def __init__(
@@ -88,10 +89,9 @@ class BufferSnapshot:
         self._versions = {id(buffer): _version_of(buffer) for _, _, buffer in self._places}
         known = {id(buffer): buffer for _, _, buffer in self._places if _is_plain(buffer)}
         kept = [buffer for buffer in known.values() if buffer.numel() <= _SMALL or large(buffer)]
-        # Written through .data, so that no graph that waits for its backward takes the buffer for overwritten.
-        self._kept = [buffer.data for buffer in kept]
+        self.kept = [buffer.data for buffer in kept]
         self.values = [torch.empty_like(buffer, requires_grad=False) for buffer in kept]
-        _copy(self._kept, self.values)
+        _copy(self.kept, self.values)
         self._known = {id(buffer): value for buffer, value in zip(kept, self.values, strict=True)}
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class BufferSnapshot:
                 buffers[name] = buffer
         for buffers, name in self._absent:
             buffers[name] = None
-        _copy(self.values, self._kept)
+        _copy(self.values, self.kept)
 
     @contextmanager
     def undone(self) -> Iterator[None]:

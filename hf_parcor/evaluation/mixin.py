@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from hf_parcor.arguments import check_count
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
 from hf_parcor.corruptions.catalogue import read_corruptions
+from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator, several
 from hf_parcor.evaluation.identity.repeated_batches import drawn_once
 from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric, evaluated_data
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
+from hf_parcor.model_state import BufferSnapshot
 from hf_parcor.overriding import counters_kept, overriding
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.curves import plain_name
@@ -145,10 +148,23 @@ def measure_robustness(
         progress=not trainer.args.disable_tqdm,
         evaluated_on=evaluation_data_of(data),
     )
-    record = evaluator.evaluate(corruptions, trials, seed)
+    with _buffers_of_first_process(trainer, model):
+        record = evaluator.evaluate(corruptions, trials, seed)
     if needs_gradients and evaluated_data(trainer, for_gradients) is not data:
         record = replace(record, notes=(*record.notes, _OTHER_DATA))
     return record
+
+
+@contextmanager
+def _buffers_of_first_process(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Give each process the running statistics of the first one, which are saved: in training each has its own."""
+    if trainer.accelerator.num_processes == 1:
+        yield
+        return
+    buffers = BufferSnapshot(model.modules())
+    with buffers.undone():
+        TrainingProcesses().agree_(buffers.kept)
+        yield
 
 
 def _loss_of(trainer: Trainer) -> Any:

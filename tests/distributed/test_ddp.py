@@ -549,6 +549,35 @@ def test_running_statistics_are_those_of_the_stock_trainer(normed, name):
     assert normed[0]["stock"]["buffers"]["body.1.num_batches_tracked"] == 3
 
 
+def measured(model, folder):
+    """Measure a Trainer's model, after some steps if it was not trained."""
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.05, "optim": "sgd"}
+    arguments = tf.TrainingArguments(folder, **QUIET, **options)
+    trainer = ParameterDefenseTrainer(model, arguments, train_dataset=rows_of(model), eval_dataset=rows_of(model)[:8])
+    if distributed.is_initialized():
+        trainer.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = trainer.evaluate_robustness([Quantization(3), GradientCorruption(L2)])
+    return before, dict(model.state_dict()), {name: found[name] for name in found if name.endswith("loss")}
+
+
+def measured_normed():
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(Normed(), folder)
+
+
+def test_what_is_measured_has_the_running_statistics_that_are_saved(others, tmp_path):
+    """In training each rank has its own, and keeps them; those of the first one are saved."""
+    (saved, *first), (other, *second) = others(measured_normed)
+    assert not torch.equal(saved["body.1.running_mean"], other["body.1.running_mean"])
+    torch.testing.assert_close([first[0], second[0]], [saved, other], rtol=0, atol=0)
+    model = Normed()
+    model.load_state_dict(saved)
+    expected = measured(model, str(tmp_path))[2]
+    assert first[1] == second[1] == pytest.approx(expected, rel=1e-6)
+    assert len(set(expected.values())) == len(expected) == 4
+
+
 def static_graph():
     try:
         train(bert, defense=K2, options={"ddp_static_graph": True})
@@ -562,5 +591,12 @@ def test_a_static_graph_is_refused(others):
 
 
 def every_other():
-    checks = (every_sometimes, every_spoiled, every_normed, static_graph, bytes_of_a_shared_corruption)
+    checks = (
+        every_sometimes,
+        every_spoiled,
+        every_normed,
+        measured_normed,
+        static_graph,
+        bytes_of_a_shared_corruption,
+    )
     return {check.__name__: check() for check in checks}
