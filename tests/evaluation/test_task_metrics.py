@@ -250,6 +250,26 @@ class TestGeneration:
         ]
         assert any(predictions)
 
+    @pytest.mark.parametrize("settings", [{"max_new_tokens": 4}, {"max_length": 7}])
+    def test_a_prompt_of_the_decoder_is_gone_on_with(self, translator, tokenizer, tokens, settings):
+        """In a batch, where what is made of labels has their shape, or among the settings; it counts in the length."""
+        translator.generation_config.eos_token_id = None
+        seen, expected = [], []
+        batch = {name: rows[:2] for name, rows in tokens[0].items()}
+        prompt = torch.tensor([[0, 5, 6], [0, 7, 8]])
+        for row, begin in zip(batch["input_ids"], prompt, strict=True):
+            text = translator.generate(row[None], decoder_input_ids=begin[None], do_sample=False, **settings)[0]
+            expected.append(tokenizer.decode(text[3:], skip_special_tokens=True))
+
+        def score(predictions, references):
+            seen.append(predictions)
+            return 1.0
+
+        of_batch = GenerationMetric(tokenizer, [{**batch, "decoder_input_ids": prompt}], score, **settings)
+        of_settings = GenerationMetric(tokenizer, [batch], score, decoder_input_ids=prompt, **settings)
+        assert of_batch(translator) == of_settings(translator) == {"score": 1.0, "predictions_cut": 1.0}
+        assert seen == [expected, expected]
+
     @pytest.mark.parametrize("ends", [{"pad_token": "<pad>", "eos_token": "</s>"}, {"eos_token": "<unk>"}])
     def test_what_the_vocabulary_lacks_is_not_right(self, translator, ends):
         """Where the unknown token ends texts too, as that of GPT-2 does, it is none of a text."""

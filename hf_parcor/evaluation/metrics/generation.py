@@ -18,7 +18,7 @@ from hf_parcor.evaluation.placement.replicas import all_batches
 from hf_parcor.languages import check_target_language
 from hf_parcor.sequence_length import asked_length, generated_length, generation_settings, unfinished
 
-_FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
+_PROMPT = "decoder_input_ids"
 
 _NOT_IN_VOCABULARY = "\ufffc"  # not the token, which sacrebleu would split into several
 
@@ -42,7 +42,8 @@ class GenerationMetric(OverPairs):
 
     Args:
         tokenizer: Decodes the generated texts and the labels.
-        batches: Mappings of tensors that `generate` takes, with the reference as `labels`, −100 for padding.
+        batches: Mappings of tensors that `generate` takes, with the reference as `labels`, −100 for padding. What the
+            decoder reads (`decoder_input_ids`) is a prompt if its shape is not that of the labels, as for a Trainer.
         score: Called as `score(predictions=..., references=...)` with lists of texts; returns a number or numbers by
             name. For example `SacrebleuScore("bleu")`, `evaluate.load("rouge").compute`, or your own function.
         **settings: Arguments of `generate`. There is no sampling unless `do_sample=True` is given.
@@ -72,7 +73,7 @@ class GenerationMetric(OverPairs):
             ValueError: There are no labels, not as many texts as references, or no target language.
         """
         labels = self._labels(batch)
-        inputs = {name: value for name, value in batch.items() if name not in _FOR_THE_LOSS}
+        inputs = _without_labels(batch, labels)
         generating: Any = model
         settings = dict(self._settings)
         check_target_language(generating, self._tokenizer, settings, labels)
@@ -90,6 +91,8 @@ class GenerationMetric(OverPairs):
                 f"settings: expected one generated text for each of {len(labels)} references, got {len(tokens)}; "
                 "leave out num_return_sequences"
             )
+        if _PROMPT in {**inputs, **settings}:  # it counts in `max_length`
+            length = asked_length(generating, settings, seen.width(start)) or length
         tokens = tokens[:, seen.begun_with(tokens, start) :]
         lost = seen.rows(len(labels))
         texts = [NO_TEXT if gone else text for text, gone in zip(self._texts(tokens), lost, strict=True)]
@@ -108,6 +111,14 @@ class GenerationMetric(OverPairs):
 
     def _texts(self, rows: Iterable[Tensor]) -> list[str]:
         return [str(self._tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip() for row in rows]
+
+
+def _without_labels(batch: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+    """Return what `generate` takes of a batch: what a decoder reads only if it is a prompt, and not made of labels."""
+    read = batch.get(_PROMPT)
+    of_labels = read is None or torch.as_tensor(read).shape == labels.shape
+    left_out = ("labels", *((_PROMPT, "decoder_attention_mask") if of_labels else ()))
+    return {name: value for name, value in batch.items() if name not in left_out}
 
 
 def reference_text(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -154,6 +165,10 @@ class _NotFinite(LogitsProcessor):
             lost |= self._lost if len(self._lost) == len(lost) else self._lost.any()
         self._lost = lost
         return torch.where(finite[:, None], scores, torch.zeros_like(scores))
+
+    def width(self, usual: int) -> int:
+        """Return how many tokens each text began with."""
+        return usual if self._begin is None else self._begin.shape[1]
 
     def begun_with(self, tokens: Tensor, usual: int) -> int:
         """Return how many tokens of each text are what it began with: none where they are left out, as by Whisper."""
