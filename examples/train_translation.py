@@ -228,7 +228,7 @@ class TranslationTrainer(TokenBatchesMixin, Seq2SeqParameterDefenseTrainer):
         """Save the model, as at each checkpoint, and both vocabularies."""
         if self.args.should_save and self.target_tokenizer not in (None, self.processing_class):
             folder = Path(output_dir or str(self.args.output_dir)) / TARGET_TOKENIZER
-            cast(PreTrainedTokenizerBase, self.target_tokenizer).save_pretrained(str(folder))
+            self.target_tokenizer.save_pretrained(str(folder))
         super().save_model(output_dir, _internal_call)
 
 
