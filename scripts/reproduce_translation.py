@@ -34,6 +34,7 @@ from hf_parcor.records import EvaluationRecord, MetricInfo, StoredRecord, SweepR
 from hf_parcor.reports.panels import line_styles, new_figure
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import MeanAndSpread, student_t_test
+from hf_parcor.training.checkpoints import last_checkpoint
 from hf_parcor.translation import (
     BleuScores,
     ParallelText,
@@ -115,7 +116,7 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
             "save_strategy": "epoch",
             "report_to": "none",
         }
-        interrupted = any(folder.glob("checkpoint-*"))
+        interrupted = last_checkpoint(folder) is not None
         if interrupted:
             flags["resume_from_checkpoint"] = "true"
         elif run.arm.defense is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, settings_in
@@ -48,8 +48,16 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return the last checkpoint in a folder, None if it has none or does not exist yet."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
+    """Return the last checkpoint in a folder, None if it has none or does not exist yet.
+
+    One without the Trainer's state, which is written last, was being written when the run was killed, and is none.
+    """
+    found = {
+        int(match[1]): str(path)
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE_NAME).is_file()
+    }
+    return found[max(found)] if found else None
 
 
 @contextmanager

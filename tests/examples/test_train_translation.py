@@ -257,6 +257,7 @@ def empty(folder: Path) -> dict[str, object]:
 
 def with_a_checkpoint(folder: Path) -> dict[str, object]:
     (folder / "out" / "checkpoint-99").mkdir(parents=True)
+    (folder / "out" / "checkpoint-99" / "trainer_state.json").write_text("{}")
     return {"average_checkpoints": 1}
 
 

@@ -234,6 +234,10 @@ def test_the_checkpoint_that_a_flag_asks_for(flags, folders, expected, tmp_path,
     monkeypatch.chdir(tmp_path)
     for folder in folders:
         (tmp_path / "out" / folder).mkdir(parents=True)
+        (tmp_path / "out" / folder / "trainer_state.json").write_text("{}")
+    if folders:  # killed while it wrote the next one
+        (tmp_path / "out" / "checkpoint-99").mkdir()
+        (tmp_path / "out" / "checkpoint-99" / "model.safetensors").write_bytes(b"")
     parser = HfArgumentParser(TrainingArguments)
     (arguments,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", "true", *flags])
     assert checkpoint_to_resume(arguments) == expected
