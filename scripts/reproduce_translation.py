@@ -103,7 +103,9 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
     goes on from the plain one's checkpoint. A run that was interrupted goes on from its own last one.
     """
     folder: Path = options.work / run.file_name
-    if not (folder / "train_results.json").exists():
+    trained = (folder / "train_results.json").exists()
+    interrupted = trained or last_checkpoint(folder) is not None
+    if not trained:
         flags = {
             "logging_steps": 50,
             **study.training,
@@ -116,7 +118,6 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
             "save_strategy": "epoch",
             "report_to": "none",
         }
-        interrupted = last_checkpoint(folder) is not None
         if interrupted:
             flags["resume_from_checkpoint"] = "true"
         elif run.arm.defense is not None:
@@ -124,6 +125,8 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
             if start is not None:
                 flags["resume_from_checkpoint"] = start
         run_example([EXAMPLE], flags, "--do_train", *run.arm.flags)
+    noted = options.output / "runs.json"
+    if not noted.exists() or run.file_name not in json.loads(noted.read_text()):
         unknown = {"train_seconds": None} if interrupted else {}
         note_run(options.output, options.work, run, torch.get_num_threads(), losses=losses(folder), **unknown)
     averaged = folder / f"average-{study.average}"

@@ -131,6 +131,13 @@ def test_table_6_and_figure_3(campaign, monkeypatch):
     alone, shared = (len(list((work / f"{name}-seed1").glob("checkpoint-*"))) for name in ("start-0", "defended"))
     assert (alone, shared) == (4, 2), "what starts late goes on from the plain training, which comes first"
 
+    noted = json.loads((output / "runs.json").read_text())
+    plain = noted.pop("plain-seed1")
+    (output / "runs.json").write_text(json.dumps(noted))  # as where the campaign was killed before it was written
+    script.train(campaign.options, campaign.study, script.Run("plain", campaign.study.arms["plain"], 1))
+    again = json.loads((output / "runs.json").read_text())
+    assert again == {**noted, "plain-seed1": {**plain, "train_seconds": None}}
+
     table = script.table_6(campaign)
     assert table.count("\n") == 4
     assert "| whole: multi-step" in table
