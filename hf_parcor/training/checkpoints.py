@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,11 +51,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
     One without the Trainer's state, which is written last, was being written when the run was killed, and is none.
     """
-    found = {
-        int(match[1]): str(path)
-        for path in Path(folder).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE_NAME).is_file()
-    }
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    found = {int(step): str(path) for path in whole if (step := path.name.removeprefix("checkpoint-")).isdecimal()}
     return found[max(found)] if found else None
 
 
