@@ -75,7 +75,7 @@ def read_images(source: str | Path, size: Size | None = None) -> LabelledImages:
     by a pattern, `x*.png`.
 
     Images of a pack are turned as their EXIF says, as files of images are. Images without colour are given three equal
-    channels; what is transparent is seen without.
+    channels; what is transparent is seen without; of 16 bits a pixel the upper eight count.
 
     Args:
         source: A file, or a pattern of strips.
@@ -137,12 +137,30 @@ def stacked_pixels(images: Iterable[Any], count: int, source: str, size: Size | 
     return pixels
 
 
-def _decoded(image: Any, index: int, source: str, size: Size | None) -> Pixels:
-    from PIL import ImageOps
+def in_rgb(image: Any) -> Any:
+    """Return an image of PIL in RGB, turned as its EXIF says; of 16 bits a pixel the upper eight.
 
+    PIL would cut them at 255, so that nearly all of the image is white.
+
+    Raises:
+        ValueError: Pixels are numbers of another range, of which nobody knows what is white.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)  # decodes
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if not 0 <= low <= high <= 255:
+            raise ValueError(f"pixels from {low:g} to {high:g}, not from 0 to 255")
+    return image.convert("RGB")
+
+
+def _decoded(image: Any, index: int, source: str, size: Size | None) -> Pixels:
     try:
         with image:
-            image = ImageOps.exif_transpose(image).convert("RGB")  # decodes
+            image = in_rgb(image)
             if size is not None and image.size != size[::-1]:
                 from PIL import Image
 
@@ -265,7 +283,7 @@ def _of_strip(path: Path) -> Pixels:
 
     try:
         with Image.open(path) as image:
-            strip = np.asarray(image.convert("RGB"))
+            strip = np.asarray(in_rgb(image))
     except FileNotFoundError as error:
         _refuse(str(path), "a file", "none", "check its name", error)
     except (OSError, ValueError, SyntaxError) as error:

@@ -15,7 +15,7 @@ from hf_parcor.hub_data import load_hub_data
 from hf_parcor.records.data import EvaluationData, evaluation_data_of
 from hf_parcor.tasks.audio import Samples, audio_seconds, read_audio
 from hf_parcor.tasks.files import data_suffix, read_file
-from hf_parcor.tasks.images import is_image_pack, read_image_rows
+from hf_parcor.tasks.images import in_rgb, is_image_pack, read_image_rows
 
 _Value = TypeVar("_Value")
 _ON_ITS_SIDE = range(5, 9)  # of the orientations of EXIF, those by which width and height change places
@@ -162,7 +162,8 @@ class Rows:
     def image(self, column: str, index: int) -> Any:
         """Return an image of a row in RGB, as `PIL.Image`; it is opened when it is needed.
 
-        It is turned as its EXIF says, as `datasets` and Transformers do it, and as people see it.
+        It is turned as its EXIF says, as `datasets` and Transformers do it, and as people see it. Of 16 bits a pixel
+        the upper eight count.
 
         Args:
             column: With images of PIL, names of files beside the data file, or mappings with `bytes`, as `datasets`
@@ -172,10 +173,8 @@ class Rows:
         Raises:
             InputError: There is none, or it cannot be read.
         """
-        from PIL import ImageOps
-
         with self._opened(column, index) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return in_rgb(image)
 
     def image_size(self, column: str, index: int) -> tuple[int, int]:
         """Return width and height of an image of a row, as `image` finds it.

@@ -222,6 +222,24 @@ def test_an_image_is_turned_as_people_see_it(orientation, tmp_path):
     np.testing.assert_array_equal(found.pixels[0], np.asarray(expected))
 
 
+@for_each("name", ["0.png", "0.tif"])
+def test_of_16_bits_the_upper_eight_count(name, tmp_path):
+    """PIL cuts them at 255: all but the darkest is white."""
+    upper = pixels_of(1, 8)[0][..., 0]
+    Image.fromarray(upper.astype(np.uint16) * 256 + 17).save(tmp_path / name)
+    np.savez(tmp_path / "a.npz", **packed([(tmp_path / name).read_bytes()], [0]))
+    of_file = Rows(str(tmp_path / "rows.csv"), [{"image": name}], ("image",)).image("image", 0)
+    for found in (np.asarray(of_file), read_images(tmp_path / "a.npz").pixels[0]):
+        np.testing.assert_array_equal(found, np.repeat(upper[..., None], 3, -1))
+
+
+@for_each(("pixels", "says"), [(np.float32([[-1, 0.5]]), "from -1 to 0.5"), (np.int32([[0, 4095]]), "from 0 to 4095")])
+def test_pixels_of_an_unknown_range_are_refused(pixels, says):
+    rows = Rows("rows", [{"image": Image.fromarray(pixels)}], ("image",))
+    with pytest.raises(InputError, match=f"in row 1, got .*pixels {says}, not from 0 to 255"):
+        rows.image("image", 0)
+
+
 def test_labels_are_read_without_their_images(tmp_path):
     """A data set opens the image of a row that is asked for as a whole."""
     datasets = pytest.importorskip("datasets")
