@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -234,8 +235,20 @@ def _without_start(rows: Sequence[Sequence[int]], model: Any) -> Iterator[Sequen
 def _as_spelled(texts: Sequence[str], tokenizer: Any, source: str) -> Sequence[str]:
     """Return texts in the letters that a tokenizer knows: as they are, or in upper or lower case if it knows more so.
 
-    Of what is in no vocabulary a model can hear nothing; many know capital letters alone.
+    Of what is in no vocabulary a model can hear nothing; many know capital letters alone, and no punctuation, which
+    does not count in what is heard either.
     """
+    marks = {
+        letter
+        for letter in {*"".join(texts)}
+        if unicodedata.category(letter).startswith("P") and tokenizer.unk_token_id in tokenizer(letter)["input_ids"]
+    }
+    if marks:
+        logger.warning(
+            f"{source}: texts are taken without {' '.join(sorted(marks))}, which the model's vocabulary does not know."
+        )
+        without = dict.fromkeys(map(ord, marks))
+        texts = [" ".join(text.translate(without).split()) for text in texts]
 
     def unknown(ways: Sequence[str]) -> int:
         return sum(tokens.count(tokenizer.unk_token_id) for tokens in tokenizer(ways)["input_ids"])
@@ -252,7 +265,7 @@ def _as_spelled(texts: Sequence[str], tokenizer: Any, source: str) -> Sequence[s
     if counts[best]:
         logger.warning(
             f"{source}: {counts[best]:,} characters are none of the model's vocabulary, and count as errors: spell "
-            "numbers out, and leave punctuation out."
+            "numbers and signs out."
         )
     return ways[best]
 

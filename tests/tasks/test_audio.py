@@ -310,7 +310,15 @@ class TestCTC:
         with pytest.raises(InputError, match="a token or more in each text of column 'text', got none in row 2"):
             batches_of(processed, empty, 2)
 
-    @for_each(("spelled", "way"), [(str, ""), (str.upper, "in lower case"), (str.title, "in lower case")])
+    @for_each(
+        ("spelled", "way"),
+        [
+            (str, ""),
+            (str.upper, "in lower case"),
+            (str.title, "in lower case"),
+            (lambda text: f"«{text}!» – ".replace(" ", ", ", 1), "without ! , « » –"),
+        ],
+    )
     def test_texts_are_taken_in_the_letters_that_the_model_knows(self, spelled, way, tmp_path, caplog):
         rows = load_rows(write_spoken(tmp_path / "rows.csv"))
         processed = loaded(save_wav2vec2(tmp_path / "model"))
