@@ -129,7 +129,8 @@ class SentenceSimilarity(Task):
         """Return the texts of each row, a number for each of them, and the score.
 
         Raises:
-            InputError: A row has no text, or no score, where others have one.
+            InputError: A row has no text, or no score, where others have one; or each query is its own document, so
+                that there is nothing to find.
         """
         of_texts = [column for role, column in columns.items() if role != "score"]
         if "score" in columns and "negative" in columns:
@@ -146,7 +147,12 @@ class SentenceSimilarity(Task):
         ]
         if "score" in columns:
             scores = _scores(rows, columns["score"])
-            found = [{**example, "label": score} for example, score in zip(found, scores, strict=True)]
+            return [{**example, "label": score} for example, score in zip(found, scores, strict=True)]
+        if all(query == document for query, document in zip(*texts[:2], strict=True)):
+            raise InputError(
+                f"{rows.source}: expected a document that is not its query in one row at least, got the same texts in "
+                f"columns {of_texts[0]!r} and {of_texts[1]!r}; name other columns"
+            )
         return found
 
     def collator(self, processed: Processed) -> Collator:

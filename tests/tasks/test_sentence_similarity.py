@@ -167,6 +167,7 @@ def test_scores(column, labels, saved):
             "expected scores of how alike texts are, got the classes entailment, neutral, contradiction",
         ),
         ([{**PAIRS[0], "anchor": ""}], {}, "a token or more in each text of column 'anchor', got none in row 1"),
+        ([{"anchor": "bad", "positive": "bad"}] * 2, {}, "a document that is not its query in one row at least"),
     ],
 )
 def test_rows_that_are_none(entries, settings, said, saved):
