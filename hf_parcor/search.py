@@ -120,7 +120,8 @@ def search_epsilon(
 
     Raises:
         ValueError: There is no `model_init`; the defense has no constraint, or a fixed step size; the range is empty;
-            or the file at `path` is the record of another search.
+            the file at `path` is the record of another search; or there is no file, but `args.output_dir` holds
+            checkpoints of another search.
 
     Examples:
         >>> import tempfile
@@ -177,7 +178,7 @@ def search_strength(
 
     Raises:
         ValueError: There is no `model_init`; the defense is not a `CorruptionRisk` of one corruption with a strength;
-            the range is empty; or the file at `path` is the record of another search.
+            the range is empty; or as in `search_epsilon`.
 
     Examples:
         >>> import tempfile
@@ -243,19 +244,28 @@ def _search(
     check_count("n_trials", n_trials, minimum=2)
     folder = Path(str(trainer.args.output_dir))
     path = folder / (_FILE if name_of == "epsilon" else _FILE_OF_STRENGTHS) if path is None else Path(path)
-    record = _begin(path, new)
+
+    def readable(strength: float) -> float:
+        return round(strength) if whole else float(f"{strength:.4g}")  # a number that people can type again
+
+
+    def name(count: object, strength: str) -> str:
+        return f"{name_of}-{strength}" if count is None else f"steps-{count}-{name_of}-{strength}"
+
+    record = _begin(path, new, folder, name(counts[0] and "*", "*"))
+    if trainer.is_world_process_zero():
+        record.save(path)  # before any checkpoint, which is thereby known as its own
 
     def objective(count: int | None, log_strength: float) -> float:
         nonlocal record
-        strength = math.exp(log_strength)
-        strength = round(strength) if whole else float(f"{strength:.4g}")  # a number that people can type again
+        strength = readable(math.exp(log_strength))
         for trial in record.trials:
             if (trial.strength, trial.steps) == (strength, count):
                 return record.score(trial)
-        name = f"{name_of}-{strength:g}" if count is None else f"steps-{count}-{name_of}-{strength:g}"
-        logger.info(f"Search: training with {name.replace('-', ' ')}")
-        with _settings(trainer, with_settings(strength, count), folder / name):
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder / name))
+        own = folder / name(count, f"{strength:g}")
+        logger.info(f"Search: training with {own.name.replace('-', ' ')}")
+        with _settings(trainer, with_settings(strength, count), own):
+            trainer.train(resume_from_checkpoint=last_checkpoint(own))
             metrics = (evaluate or trainer.evaluate)()
             collapsed = bool(signs_of_collapse(trainer.state.log_history, trainer.model))
         value = float((compute_objective or default_compute_objective)(metrics))
@@ -306,8 +316,14 @@ def _described(defense: ConstrainedDefense, steps: Sequence[int] | None) -> str:
     return str(_with(defense, 1.0, None if steps is None else 1))
 
 
-def _begin(path: Path, new: SearchRecord) -> SearchRecord:
+def _begin(path: Path, new: SearchRecord, folder: Path, trainings: str) -> SearchRecord:
     if not path.exists():
+        others = [one for one in sorted(folder.glob(trainings)) if last_checkpoint(one)]
+        if others:
+            raise ValueError(
+                f"{folder}: expected no trainings of another search, got checkpoints in {others[0].name}, which this "
+                f"one would go on from, as there is no {path}; remove such folders, or give another output_dir"
+            )
         return new
     old = SearchRecord.load(path)
     if replace(old, trials=()) != new:
@@ -316,8 +332,8 @@ def _begin(path: Path, new: SearchRecord) -> SearchRecord:
             f"to {old.high:g}, to {old.direction}; give another path, or remove it"
         )
     logger.warning(
-        f"Search: it goes on after the {len(old.trials)} trainings in {path}; remove that to begin anew, where the "
-        "Trainer's arguments or data have changed since."
+        f"Search: it goes on after the {len(old.trials)} trainings in {path}; remove that and the folders of the "
+        "trainings to begin anew, where the Trainer's arguments or data have changed since."
     )
     return old
 

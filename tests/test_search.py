@@ -129,20 +129,39 @@ def test_goes_on_after_an_interruption(make_trainer, tmp_path, stop_after):
     assert record == reference
 
 
-def test_goes_on_from_the_checkpoint_of_an_interrupted_training(make_trainer, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
-    reference = search_epsilon(
-        make_trainer(**options), 0.01, 1.0, direction="minimize", n_trials=2, path=tmp_path / "reference.json"
-    )
-    for folder in tmp_path.glob("epsilon-*"):
-        for checkpoint in ("checkpoint-3", "checkpoint-4"):
-            (folder / checkpoint).rename(tmp_path / f"{folder.name}-{checkpoint}")
-    trainer, steps = make_trainer(**options), []
-    plain = trainer.training_step
-    trainer.training_step = lambda *args, **kwargs: (steps.append(1), plain(*args, **kwargs))[1]
-    record = search_epsilon(trainer, 0.01, 1.0, direction="minimize", n_trials=2)
-    assert len(steps) == 2 * (4 - 2)
+@pytest.mark.parametrize("killed_in", [3, 7], ids=["in the first training", "in the second"])
+def test_goes_on_from_the_checkpoint_of_an_interrupted_training(make_trainer, tmp_path, killed_in):
+    asked = {"low": 0.01, "high": 1.0, "direction": "minimize", "n_trials": 2}
+    reference = search_epsilon(make_trainer(max_steps=4), **asked, path=tmp_path / "reference.json")
+    steps = []
+    for last in (killed_in, math.inf):
+        trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=4)
+
+        def training_step(*args, plain=trainer.training_step, last=last, **kwargs):
+            if len(steps) == last:
+                raise KeyboardInterrupt
+            steps.append(1)
+            return plain(*args, **kwargs)
+
+        trainer.training_step = training_step
+        if last == killed_in:
+            with pytest.raises(KeyboardInterrupt):
+                search_epsilon(trainer, **asked)
+    record = search_epsilon(trainer, **asked)
+    assert len(steps) == 2 * 4
     assert [t.objective for t in record.trials] == [t.objective for t in reference.trials]
+
+
+@pytest.mark.parametrize("another", [{"defense": SAM(L2), "path": "sam.json"}, {"defense": None, "path": None}])
+def test_never_takes_the_trainings_of_another_search_for_its_own(make_trainer, tmp_path, another):
+    asked = {"low": 0.01, "high": 1.0, "direction": "minimize", "n_trials": 2}
+    search_epsilon(make_trainer(save_strategy="steps"), **asked)
+    if another["path"] is None:
+        (tmp_path / "epsilon_search.json").unlink()  # to begin anew
+    path = another["path"] and tmp_path / another["path"]
+    with pytest.raises(ValueError, match=r"expected no trainings of another search, got checkpoints in epsilon-0\.05"):
+        search_epsilon(make_trainer(another["defense"]), **asked, path=path)
+    search_epsilon(make_trainer(), **asked, steps=(1,), path=tmp_path / "steps.json")  # has folders of its own
 
 
 def test_more_trials_go_further(make_trainer):
