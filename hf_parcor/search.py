@@ -178,7 +178,7 @@ def search_strength(
 
     Raises:
         ValueError: There is no `model_init`; the defense is not a `CorruptionRisk` of one corruption with a strength;
-            the range is empty; or as in `search_epsilon`.
+            the range is empty, or leaves what the corruption allows; or as in `search_epsilon`.
 
     Examples:
         >>> import tempfile
@@ -248,6 +248,8 @@ def _search(
     def readable(strength: float) -> float:
         return round(strength) if whole else float(f"{strength:.4g}")  # a number that people can type again
 
+    for end in (low, high):
+        with_settings(readable(end), counts[0])  # refuses what some training would be refused for
 
     def name(count: object, strength: str) -> str:
         return f"{name_of}-{strength}" if count is None else f"steps-{count}-{name_of}-{strength}"

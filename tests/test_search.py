@@ -253,6 +253,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match="expected a CorruptionRisk of one corruption"):
             search_strength(make_trainer(defense), 0.1, 1.0, direction="maximize")
 
+    @pytest.mark.parametrize(("low", "high", "says"), [(1, 8, "bits: expected a whole number >= 2"), (2, 99, "bits")])
+    def test_ends_that_the_corruption_does_not_allow_are_refused_before_any_training(
+        self, make_trainer, low, high, says
+    ):
+        trainer = make_trainer(CorruptionRisk(Quantization(4)))
+        trainer.train = None
+        with pytest.raises(ValueError, match=says):
+            search_strength(trainer, low, high, direction="minimize", n_trials=6)
+
     def test_trainer_without_model_init(self, make_trainer):
         trainer = make_trainer()
         trainer.model_init = None
