@@ -242,11 +242,13 @@ def epsilon_at_half(
     for (left, before), (right, after) in pairwise(points):
         if math.isnan(after):
             return math.nan
-        lost = metric_drop(clean / 2 if greater_is_better else 2 * clean, after, greater_is_better=greater_is_better)
+        half = clean / 2 if greater_is_better else 2 * clean
+        missing, lost = (
+            metric_drop(*drop, greater_is_better=greater_is_better) for drop in ((before, half), (half, after))
+        )
         if lost >= 0:
-            missing = metric_drop(before, after, greater_is_better=greater_is_better) - lost
-            # An infinite loss is no end of a line: all that is known is that the jump lies before this ε.
-            return right if math.isinf(lost) else left + (right - left) * missing / (missing + lost)
+            # An infinite metric is no end of a line: all that is known is that the jump lies before this ε.
+            return right if math.inf in (missing, lost) else left + (right - left) * missing / (missing + lost)
     return math.inf
 
 

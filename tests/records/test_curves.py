@@ -80,6 +80,8 @@ def test_half_is_the_first_crossing_on_a_fine_grid(points, clean, greater_is_bet
         ([1.0, 2.0, 3.0], [0.4, 0.9, 0.1], 1.0, True, 1 / 1.2),  # the first of two crossings
         ([1.0, 2.0], [0.3, 1.2], 0.5, False, 1.0 + 0.7 / 0.9),
         ([1.0, 2.0], [0.6, inf], 0.5, False, 2.0),
+        ([1.0, 2.0], [inf, 0.1], 1.0, True, 2.0),
+        ([1.0, 2.0], [-inf, inf], 0.5, False, 2.0),
         ([1.0, 2.0], [0.4, nan], 1.0, True, 1 / 1.2),  # what comes later does not matter
     ],
 )
