@@ -168,6 +168,8 @@ def select_parameters(
     Raises:
         TargetError: A name, word, class or number finds nothing, or nothing is left. A `ValueError`.
         TypeError: An argument is of the wrong type.
+        NotImplementedError: The model makes some of the weights anew whenever its modules are listed, as LoRA of PEFT
+            does on `nn.MultiheadAttention`.
 
     Examples:
         >>> class Block(nn.Module):
@@ -212,6 +214,11 @@ class Selector:
             raise TypeError(f"expected an nn.Module, got {type(model).__name__}, pass the model itself")
         self._model, self._targets = model, named_targets(model)
         self._names = dict(model.named_parameters())
+        self._remade = [
+            name
+            for name, parameter in self._names.items()
+            if all(one is not parameter for one in self._targets.get(name, [parameter]))
+        ]
 
     def select(
         self,
@@ -221,6 +228,23 @@ class Selector:
         layers: int | Iterable[int] | None = None,
     ) -> dict[str, nn.Parameter]:
         """Do as `select_parameters` does."""
+        chosen = self.parameters(target_modules, exclude_modules, module_types, layers)
+        if self._remade and not chosen <= set(self._names.values()):
+            raise NotImplementedError(
+                f"expected weights that stay the same objects, got {len(self._remade)} such as {self._remade[0]!r} "
+                "that are made anew whenever modules are listed, as LoRA of PEFT does on nn.MultiheadAttention, merge "
+                "its adapters first with merge_and_unload, or target others by name"
+            )
+        return {name: parameter for name, parameter in self._names.items() if parameter in chosen}
+
+    def parameters(
+        self,
+        target_modules: str | Collection[str] = "all",
+        exclude_modules: str | Collection[str] | None = None,
+        module_types: ModuleTypes | None = None,
+        layers: int | Iterable[int] | None = None,
+    ) -> set[nn.Parameter]:
+        """Return the parameters that `select_parameters` names, also such as it refuses to name."""
         model, targets = self._model, self._targets
         chosen = _union(model, targets, target_modules, "target_modules")
         if not chosen:
@@ -237,7 +261,7 @@ class Selector:
             stacks = describe_stacks(find_stacks(model))
             advice = f"but these lie outside the blocks of that number in {stacks}, change or drop layers"
             chosen = _keep(chosen, parameters_in_layers(model, layers), "layers", layers, advice)
-        return {name: parameter for name, parameter in self._names.items() if parameter in chosen}
+        return chosen
 
     def select_trainable(
         self, target_modules: str | Collection[str] | None = None, **selection: Any
@@ -245,13 +269,12 @@ class Selector:
         """Do as the function of this name does."""
         if target_modules is not None:
             return self.select(target_modules, **selection)
-        everything = self.select("all", **selection)
-        fixed = sinusoidal_tables(self._model)
+        trained = self.parameters("all", **selection) - sinusoidal_tables(self._model)
         return {
             name: parameter
-            for name, parameter in everything.items()
-            if parameter.requires_grad and parameter not in fixed
-        } or everything
+            for name, parameter in self._names.items()
+            if parameter in trained and parameter.requires_grad
+        } or self.select("all", **selection)
 
 
 def _union(model: nn.Module, targets: NamedTargets, entries: object, argument: str) -> set[nn.Parameter]:

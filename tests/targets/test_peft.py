@@ -8,7 +8,8 @@ import pytest
 from for_each import for_each
 from torch import nn
 
-from hf_parcor.targets import TargetError, find_stacks, select_parameters
+from hf_parcor.evaluation.placement.reach import Reach
+from hf_parcor.targets import TargetError, find_stacks, select_parameters, select_trainable
 
 peft = pytest.importorskip("peft")
 
@@ -164,3 +165,19 @@ def test_lora_names_are_the_longer_ones(lora_bert) -> None:
     ]
     with pytest.raises(TargetError, match="nearest names"):
         select_parameters(lora_bert, [f"{LAYER}.attention.self.query".removeprefix("base_model.")[:-1]])
+
+
+def test_weights_that_are_made_anew_whenever_modules_are_listed_are_refused() -> None:
+    """They would be left out without a word; what is trained can be selected, and so can what lies beside them."""
+    model = nn.ModuleDict({"mixer": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 2)})
+    adapted = with_lora(model, target_modules=["mixer", "out"])
+    for target in ("all", "attention", ["base_layer"]):
+        with pytest.raises(NotImplementedError, match=r"got 2 such as .*in_proj_weight.*merge_and_unload"):
+            select_parameters(adapted, target)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert select_trainable(adapted).keys() == trained
+    assert len(select_parameters(adapted, ["out.base_layer"])) == 2
+    assert Reach(adapted).select().notes == (
+        "corrupted 30 weights, those that are trained, and none of the 90 frozen ones",
+    )
+    assert len(select_parameters(adapted.merge_and_unload())) == 6

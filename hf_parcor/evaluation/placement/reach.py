@@ -187,12 +187,8 @@ class Reach:
         """Return a sentence on frozen weights that could be corrupted, and are not, if there are any."""
         if not self._has_frozen():
             return ()
-        fixed = sinusoidal_tables(self.model)
-        left = [
-            parameter
-            for name, parameter in self._selector.select("all", **selection).items()
-            if name not in chosen and parameter not in self._unreachable and parameter not in fixed
-        ]
+        of_no_interest = {*chosen.values(), *self._unreachable, *sinusoidal_tables(self.model)}
+        left = self._selector.parameters("all", **selection) - of_no_interest
         count, trained = (sum(one.numel() for one in some) for some in (left, chosen.values()))
         if not left:
             return ()
