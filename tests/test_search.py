@@ -286,6 +286,9 @@ class TestReaders:
         assert rows[3] == ["1", "0.2", "0.9", "best"]
         assert rows[-1] == ["2", "1", "0.5", "collapsed"]
 
+    def test_no_number_is_the_best_of_none(self):
+        assert "best" not in search_table(replace(self.record, trials=trials([math.nan, math.nan])))
+
     def test_no_column_of_what_was_not_searched(self):
         table = search_table(SearchRecord("d", 0.1, 1.0, "maximize", (SearchTrial(0.3, None, 0.5, {}, False),)))
         assert [cell.strip() for cell in table.splitlines()[-1].split("|")[1:-1]] == ["0.3", "0.5", "best"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -108,7 +109,7 @@ def _places(text: str) -> int:
 def search_table(record: SearchRecord) -> str:
     """Return a Markdown table of a search: a row for each training, by K, if that was searched, and strength.
 
-    The best one is marked.
+    The best one is marked, unless all objectives are NaN.
     """
     numbers = Numbers()
     counts = dict.fromkeys(trial.steps for trial in record.trials)
@@ -118,7 +119,9 @@ def search_table(record: SearchRecord) -> str:
             *(["–" if trial.steps is None else str(trial.steps)] if searched else []),
             numbers.value(trial.strength),
             numbers.value(trial.objective),
-            " ".join(["best"] * (trial == record.best) + ["collapsed"] * trial.collapsed),
+            " ".join(
+                ["best"] * (trial == record.best and not math.isnan(trial.objective)) + ["collapsed"] * trial.collapsed
+            ),
         ]
         for steps in counts
         for trial in record.curve(steps)
