@@ -119,9 +119,9 @@ def search_epsilon(
         `hf_parcor.reports.plots.plot_search` show the record.
 
     Raises:
-        ValueError: There is no `model_init`; the defense has no constraint, or a fixed step size; the range is empty;
-            the file at `path` is the record of another search; or there is no file, but `args.output_dir` holds
-            checkpoints of another search.
+        ValueError: There is no `model_init`, or neither `evaluate` nor an `eval_dataset`; the defense has no
+            constraint, or a fixed step size; the range is empty; the file at `path` is the record of another search;
+            or there is no file, but `args.output_dir` holds checkpoints of another search.
 
     Examples:
         >>> import tempfile
@@ -236,6 +236,11 @@ def _search(
     """Search for each K in turn, until the best of one is worse than that of the one before."""
     if trainer.model_init is None:
         raise ValueError("trainer: expected one made with model_init, got none; each training starts from a new model")
+    if evaluate is None and trainer.eval_dataset is None:
+        raise ValueError(
+            "evaluate: expected a function, or a Trainer with an eval_dataset, got neither; no training could be "
+            "judged: pass evaluate=, which may be trainer.evaluate where that needs no eval_dataset"
+        )
     low, high, name_of = new.low, new.high, new.setting
     if not 0 < low < high < math.inf:
         raise ValueError(f"range of {name_of}: expected 0 < low < high, got {low} and {high}; give both in that order")

@@ -268,6 +268,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="expected one made with model_init"):
             search_epsilon(trainer, 0.1, 1.0, direction="maximize")
 
+    def test_trainings_that_nothing_could_judge_are_refused_before_they_run(self, make_trainer):
+        trainer = make_trainer()
+        trainer.eval_dataset = trainer.train = None
+        with pytest.raises(ValueError, match="evaluate: expected a function, or a Trainer with an eval_dataset"):
+            search_epsilon(trainer, 0.01, 1.0, direction="minimize")
+
     def test_record_of_another_search(self, make_trainer, tmp_path):
         SearchRecord("another", 0.01, 1.0, "maximize").save(tmp_path / "epsilon_search.json")
         with pytest.raises(ValueError, match="expected a record of this search, got one of another"):
