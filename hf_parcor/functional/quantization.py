@@ -224,8 +224,10 @@ def _affine(
     zero = lowest - torch.round(low.to(dtype) / scale) if code_range is None else torch.zeros_like(scale)
     zero = zero.clamp(lowest, highest)
     codes = (torch.round(blocks.rows.to(dtype) * (1.0 / scale)) + zero).clamp(lowest, highest)
-    last = torch.finfo(dtype).max  # float16 ends before 65535
-    return (codes - zero).clamp(-last, last) * scale, torch.isfinite(scale)
+    steps, last = codes - zero, torch.finfo(dtype).max
+    if highest - lowest > last:  # 16 bits: float16 ends before 65535
+        steps = steps.clamp(-last, last)
+    return steps * scale, torch.isfinite(scale)
 
 
 def _between_extremes(blocks: Blocks, bits: int, dtype: torch.dtype, smallest: float) -> tuple[Tensor, Tensor]:
