@@ -228,7 +228,9 @@ class Selector:
         layers: int | Iterable[int] | None = None,
     ) -> dict[str, nn.Parameter]:
         """Do as `select_parameters` does."""
-        chosen = self.parameters(target_modules, exclude_modules, module_types, layers)
+        return self._named(self.parameters(target_modules, exclude_modules, module_types, layers))
+
+    def _named(self, chosen: set[nn.Parameter]) -> dict[str, nn.Parameter]:
         if self._remade and not chosen <= set(self._names.values()):
             raise NotImplementedError(
                 f"expected weights that stay the same objects, got {len(self._remade)} such as {self._remade[0]!r} "
@@ -269,12 +271,9 @@ class Selector:
         """Do as the function of this name does."""
         if target_modules is not None:
             return self.select(target_modules, **selection)
-        trained = self.parameters("all", **selection) - sinusoidal_tables(self._model)
-        return {
-            name: parameter
-            for name, parameter in self._names.items()
-            if parameter in trained and parameter.requires_grad
-        } or self.select("all", **selection)
+        everything = self.parameters("all", **selection)
+        trained = {parameter for parameter in everything - sinusoidal_tables(self._model) if parameter.requires_grad}
+        return self._named(trained or everything)
 
 
 def _union(model: nn.Module, targets: NamedTargets, entries: object, argument: str) -> set[nn.Parameter]:
