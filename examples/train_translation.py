@@ -69,7 +69,7 @@ from hf_parcor.programs import (
     train_and_save,
 )
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
-from hf_parcor.tasks.sequence_to_sequence import decoder_of
+from hf_parcor.tasks.sequence_to_sequence import decoder_of, lacks_vocabulary
 from hf_parcor.training import checkpoint_to_resume
 from hf_parcor.training.checkpoints import last_checkpoint
 from hf_parcor.translation import (
@@ -318,8 +318,7 @@ def load_model(
     if model.model_name_or_path is not None:
         origin = {"revision": model.model_revision, "cache_dir": model.cache_dir}
         pretrained = AutoModelForSeq2SeqLM.from_pretrained(model.model_name_or_path, **origin)
-        shared = getattr(pretrained.config, "share_encoder_decoder_embeddings", True)
-        if not shared and target is source and not getattr(source, "separate_vocabs", False):
+        if target is source and lacks_vocabulary(source, pretrained.config):
             raise ValueError(
                 f"model_name_or_path: expected {TARGET_TOKENIZER} beside a model with two vocabularies, found none in "
                 f"{model.model_name_or_path}; copy it from the folder that its training wrote"

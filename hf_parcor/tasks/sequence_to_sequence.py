@@ -47,10 +47,8 @@ class SequenceToSequence(Task):
             InputError: The model has another vocabulary for targets, and its tokenizer has none.
         """
         super().prepare(processed)
-        encoding, config = processed.encoding, processed.model.config
-        sizes = [getattr(getattr(config, side, None), "vocab_size", None) for side in ("encoder", "decoder")]
-        shared = getattr(config, "share_encoder_decoder_embeddings", None in sizes or sizes[0] == sizes[1])
-        if not shared and not getattr(processed.processor, "separate_vocabs", False):
+        encoding = processed.encoding
+        if lacks_vocabulary(processed.processor, processed.model.config):
             raise InputError(
                 "tokenizer: expected one with a vocabulary for sources and one for targets, as the model has, got "
                 f"{type(processed.processor).__name__} with one; measure it with the program that trained it "
@@ -90,6 +88,13 @@ class SequenceToSequence(Task):
         asked = processed.encoding.max_length
         settings: dict[str, Any] = {} if asked is None else {"max_new_tokens": asked}
         return GenerationMetric(processed.processor, batches, score, **settings)
+
+
+def lacks_vocabulary(tokenizer: Any, config: Any) -> bool:
+    """Return whether a model has one vocabulary for sources and another for targets, and its tokenizer only one."""
+    sizes = [getattr(getattr(config, side, None), "vocab_size", None) for side in ("encoder", "decoder")]
+    shared = getattr(config, "share_encoder_decoder_embeddings", None in sizes or sizes[0] == sizes[1])
+    return not shared and not getattr(tokenizer, "separate_vocabs", False)
 
 
 @dataclass(frozen=True)
