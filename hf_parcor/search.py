@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -273,7 +273,7 @@ def _search(
         logger.info(f"Search: training with {own.name.replace('-', ' ')}")
         with _settings(trainer, with_settings(strength, count), own):
             trainer.train(resume_from_checkpoint=last_checkpoint(own))
-            metrics = (evaluate or trainer.evaluate)()
+            metrics = _measured(evaluate or trainer.evaluate)
             collapsed = bool(signs_of_collapse(trainer.state.log_history, trainer.model))
         value = float((compute_objective or default_compute_objective)(metrics))
         trial = SearchTrial(strength, count, value, _numbers(metrics), collapsed)
@@ -343,6 +343,16 @@ def _begin(path: Path, new: SearchRecord, folder: Path, trainings: str) -> Searc
         "trainings to begin anew, where the Trainer's arguments or data have changed since."
     )
     return old
+
+
+def _measured(evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    metrics = evaluate()
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"evaluate: expected numbers by name, got {metrics!r}; return what compute_objective reads. The training "
+            "is kept in its checkpoints, where it has any"
+        )
+    return dict(metrics)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -274,6 +274,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="evaluate: expected a function, or a Trainer with an eval_dataset"):
             search_epsilon(trainer, 0.01, 1.0, direction="minimize")
 
+    def test_a_measurement_that_returns_nothing(self, make_trainer):
+        with pytest.raises(TypeError, match="evaluate: expected numbers by name, got None"):
+            search_epsilon(make_trainer(), 0.01, 1.0, direction="minimize", evaluate=lambda: None)
+
     def test_record_of_another_search(self, make_trainer, tmp_path):
         SearchRecord("another", 0.01, 1.0, "maximize").save(tmp_path / "epsilon_search.json")
         with pytest.raises(ValueError, match="expected a record of this search, got one of another"):

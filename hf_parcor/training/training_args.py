@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
@@ -96,6 +96,14 @@ class DefenseArguments:
         default=True,
         metadata={"help": "Run what is computed before the first defended module once for all passes of a step."},
     )
+
+    def __post_init__(self) -> None:
+        """Make whole numbers floats where a flag is one: a search casts its trials to the type that a flag has."""
+        for flag in fields(DefenseArguments):
+            if float in (flag.type, *get_args(flag.type)) and type(value := getattr(self, flag.name)) is int:
+                setattr(self, flag.name, float(value))
+        if beside := getattr(super(), "__post_init__", None):
+            beside()
 
 
 @dataclass

@@ -98,9 +98,10 @@ def numbers(entries):
     return [{k: v for k, v in entry.items() if k.startswith(("loss", "sharp", "corruption"))} for entry in entries]
 
 
-def test_searched_flag_of_the_defense_is_the_one_that_trains(build):
+@pytest.mark.parametrize("flags", [{}, {"defense_epsilon": 1}])  # Transformers casts a trial to the type of the flag
+def test_searched_flag_of_the_defense_is_the_one_that_trains(build, flags):
     keep = KeepRuns()
-    trainer = build(ParameterDefenseTrainer, FLAGS, callbacks=[keep])
+    trainer = build(ParameterDefenseTrainer, FLAGS, flags, callbacks=[keep])
     best = search(trainer, {"defense_epsilon": [0.0, 0.05, 0.3], "learning_rate": [1e-2]})
     norms = sorted(run[0].get("corruption_norm_asked", 0.0) for run in keep.runs)
     assert norms == pytest.approx([0.0, 0.05, 0.3], rel=1e-3)
