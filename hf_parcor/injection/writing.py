@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.devices import host_of, in_float64
 from hf_parcor.distributed.dtensors import (
+    ShardedVector,
     alike,
     local_part,
     local_parts,
@@ -353,19 +354,26 @@ class Injection:
         """Count the weights that differ from the saved ones, and measure by how much; waits for the device."""
         if not self._active:
             return CorruptionSize(0, 0.0, 0.0)
-        changed, parts = [], []
-        for place, weight in enumerate(self._vector):
-            part = weight if place in self._saved else weight.new_empty(0)
-            count, norm = _change(part, self._saved.get(place, part))
-            changed.append(count)
-            parts.append(norm)
-        counts, realised = alike(self._vector, changed), vector_norm(alike(self._vector, parts))
+        counts, parts = self._changes(careful=False)
+        realised = _norm_of_norms(parts)
+        if not realised.isfinite():
+            counts, parts = self._changes(careful=True)
+            realised = _norm_of_norms(parts)
         asked = realised
         if self._all_narrow and self._asked is not None and (self._asked.kept is not None or self._asked.p == 2):
             of_narrow = self._asked.norms(2, self._places, self._all_narrow)
             told = [of_narrow.get(place, part) for place, part in enumerate(parts)]
-            asked = vector_norm(alike(self._vector, told)) if self._asked.whole is None else self._asked.whole
+            asked = _norm_of_norms(alike(self._vector, told)) if self._asked.whole is None else self._asked.whole
         return CorruptionSize(int(total(counts, _sum)), float(realised), float(asked))
+
+    def _changes(self, *, careful: bool) -> tuple[list[Tensor], list[Tensor]]:
+        none = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        changes = [
+            _change(weight, self._saved[place], careful=careful) if place in self._saved else none
+            for place, weight in enumerate(self._vector)
+        ]
+        counts, norms = zip(*changes, strict=True)
+        return alike(self._vector, list(counts)), alike(self._vector, list(norms))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -460,16 +468,36 @@ def _copy_on(device: torch.device, weight: Tensor) -> Tensor:
     return torch.empty_like(weight, device=device, pin_memory=pinned).copy_(weight)
 
 
-def _change(weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many entries differ, and the L2 norm of the difference in float64."""
+def _change(weight: Tensor, before: Tensor, *, careful: bool) -> tuple[Tensor, Tensor]:
+    """Return how many entries differ, and the L2 norm of the difference in float64.
+
+    Args:
+        weight: As it is.
+        before: As it was.
+        careful: Whether there may be NaN in both, which are equal here, or infinities; else the norm is NaN then.
+    """
     counts, norms = [], []
     for now, kept in zip(chunks([weight.contiguous()]), chunks([before.contiguous()]), strict=True):
         then = kept.to(now.device)
-        same = (now == then) | (now.isnan() & then.isnan())
-        counts.append((~same).sum())
+        differs = now != then
         host = host_of(now.device)
-        norms.append(vector_norm([(in_float64(now) - then.to(host)).masked_fill_(same.to(host), 0)]))
+        difference = in_float64(now) - then.to(host)
+        norm = torch.linalg.vector_norm(difference)
+        if careful or now.dtype == torch.float64:  # else squares stay inside the range
+            differs &= ~(now.isnan() & then.isnan())
+            norm = vector_norm([difference.masked_fill_(~differs.to(host), 0)])  # of what is infinite in both, too
+        counts.append(differs.sum())
+        norms.append(norm)
+    if len(norms) == 1:
+        return counts[0], norms[0]
     return torch.stack(counts).sum(), vector_norm([torch.stack(norms)])
+
+
+def _norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of a vector from those of its parts; they are few numbers, which the caller reads."""
+    if isinstance(norms, ShardedVector):
+        return vector_norm(norms)
+    return vector_norm([torch.stack([in_float64(norm).cpu() for norm in norms])])
 
 
 def _sum(counts: list[Tensor]) -> Tensor:
