@@ -18,6 +18,23 @@ from another_device.device import COMPILER, NAME, library
 from torch import distributed
 
 RANK_PROGRAM = Path(__file__).with_name("rank_program.py")
+# What nearly every rank imports: a fork of what has it already costs nothing.
+PRELOADED = [
+    "pytest",
+    "peft",
+    "transformers.trainer",
+    "transformers.models.bert.modeling_bert",
+    "torch.distributed.fsdp",
+    "torch._dynamo.backends.common",
+    "hf_parcor.cli.main",
+    "hf_parcor.trainers",
+    "hf_parcor.evaluation",
+    "hf_parcor.translation",
+    "example_program",
+    "local_models",
+    "trainings",
+    "another_device.device",
+]
 GRACE = 60.0  # seconds that the other ranks get after one has failed, on a busy machine
 USABLE = distributed.is_available() and distributed.is_gloo_available()
 
@@ -38,7 +55,7 @@ def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     if not USABLE or "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("expected gloo and a platform that forks")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.bert.modeling_bert"])
+    context.set_forkserver_preload(PRELOADED)
 
     def run(
         function: Callable[..., Any], world_size: int, *arguments: Any, device: str = "cpu", timeout: float = 300.0
