@@ -121,6 +121,22 @@ def overriding(instance: object, /, **replacing: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gradients_set_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let a block begin without gradients, and give every `.grad` back what it held."""
+    kept = [(tensor, tensor.grad) for tensor in tensors]
+    with ExitStack() as block:
+        undo_at_end(block, _give_back, kept)
+        for tensor, _ in kept:
+            tensor.grad = None
+        yield
+
+
+def _give_back(kept: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    for tensor, gradient in kept:
+        tensor.grad = gradient
+
+
 def hook_after(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any, Any], Any]) -> None:
     """Let a function run after each call of a module, after its hooks, until a block ends."""
     undo_at_end(block, _unhook, module, "_forward_hooks", function)

@@ -17,6 +17,7 @@ from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.ascent import RememberedAscent
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
 from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces
+from hf_parcor.overriding import gradients_set_aside
 from hf_parcor.prefix.consumers import UnkeptError
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
@@ -145,16 +146,12 @@ class DefendedStep:
                 raise ValueError("embedding: expected the model's input embedding, got None; hand it to DefendedStep")
             self._inputs = AdversarialInputs(self._embedding)
         self._begin()
-        kept = [(tensor, tensor.grad) for tensor in [*self._others, *self._boundary()]]
-        for tensor, _ in kept:
-            tensor.grad = None
-        try:
-            self._run(lambda loss: loss)
-        finally:
-            for tensor in self._boundary():  # which the pass itself may have recorded
-                tensor.grad = None
-            for tensor, gradient in kept:
-                tensor.grad = gradient
+        with gradients_set_aside([*self._others, *self._boundary()]):
+            try:
+                self._run(lambda loss: loss)
+            finally:
+                for tensor in self._boundary():  # which the pass itself may have recorded
+                    tensor.grad = None
         self._fresh, self._fresh_is_sum = self._take_gradients(), False
 
     def _boundary(self) -> list[Tensor]:

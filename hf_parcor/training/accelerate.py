@@ -60,7 +60,8 @@ class DefendedBackward:
     Args:
         accelerator: The loop's Accelerator.
         defense: What is minimised.
-        model: As `accelerator.prepare` returned it. It must hold all parameters that are trained.
+        model: As `accelerator.prepare` returned it. What else gets a gradient from the loss, such as a second model,
+            must be in an optimizer that the Accelerator prepared.
         parameters: What is defended, as `select_parameters(accelerator.unwrap_model(model), ...)` returns it; None for
             all trainable parameters.
         reuse_prefix: Whether what is computed before the first defended parameter runs only once for all passes of a
@@ -169,7 +170,8 @@ class DefendedBackward:
         if is_sharded(self._whole):
             drop_gathered(self._whole)
         passes = _LoopPasses(self._accelerator, defense, self._model, loss_fn, batch)
-        others = trained_beside(self._selected.values(), passes.modules, None)  # a loop may unfreeze more and more
+        # Found anew, since a loop may unfreeze more and more.
+        others = trained_beside(self._selected.values(), passes.modules, self._accelerator._optimizers)
         defended, norm = self._runner.run(passes, self._selected, others, self._embedding, epoch=epoch or 0.0)
         assert norm is not None, "it is measured unless told otherwise"
         corrupted = defense.corrupted_loss(defended.losses)

@@ -259,20 +259,21 @@ def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> Non
 
 
 def trained_beside(
-    selected: Iterable[nn.Parameter], modules: Iterable[nn.Module], optimizer: Optimizer | None
+    selected: Iterable[nn.Parameter], modules: Iterable[nn.Module], optimizers: Iterable[Optimizer]
 ) -> list[nn.Parameter]:
-    """Return all other trainable parameters, each once: the model's, and those that only the optimizer holds.
+    """Return all other trainable parameters, each once: the model's, and those that only an optimizer holds.
 
-    Losses may have parameters of their own, such as the classifier of a sentence-transformers' `SoftmaxLoss`.
+    Losses may have parameters of their own, such as the classifier of a sentence-transformers' `SoftmaxLoss`, and
+    those of a second model, as a generator's through its critic.
 
     Examples:
         >>> model, head = nn.Linear(2, 2), nn.Linear(2, 1, bias=False)
         >>> optimizer = Optimizer([*model.parameters(), *head.parameters()], defaults={})
-        >>> others = trained_beside([model.weight], model.modules(), optimizer)
+        >>> others = trained_beside([model.weight], model.modules(), [optimizer])
         >>> [other is known for other, known in zip(others, (model.bias, head.weight))]
         [True, True]
     """
-    groups = [] if optimizer is None else optimizer.param_groups
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     held = (module._parameters.values() for module in modules)  # read at once: model.parameters() walks again
     known = chain(*held, *(group["params"] for group in groups))
     trained = {id(parameter): parameter for parameter in known if parameter is not None and parameter.requires_grad}

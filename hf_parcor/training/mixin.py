@@ -317,7 +317,7 @@ class _TrainerDefense:
         if is_sharded(passes.model):
             drop_gathered(passes.model)
         selected = self.parameters(trainer.model)
-        others = trained_beside(selected.values(), passes.modules, trainer.optimizer)
+        others = trained_beside(selected.values(), passes.modules, filter(None, [trainer.optimizer]))
         self.runner.reuse_prefix = self.settings.reuses_prefix(trainer.args)
         step, norm = self.runner.run(
             passes,

@@ -13,7 +13,7 @@ from hf_parcor.distributed.ddp import reduction_of
 from hf_parcor.distributed.fsdp import is_sharded, on_shards
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.injection import CorruptionNorm
-from hf_parcor.overriding import undoing_left
+from hf_parcor.overriding import gradients_set_aside, undoing_left
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import TargetError
 from hf_parcor.training.checks import check_trained, refuse_updates_inside_backward
@@ -62,7 +62,7 @@ class StepRunner:
         Args:
             passes: The loop's.
             selected: The defended parameters, by name.
-            others: All other parameters that are trained.
+            others: All other parameters that are trained, of the model or not.
             embedding: The model's input embedding, for a defense that perturbs the inputs.
             epoch: How many epochs are done.
             measure_norm: Whether to measure the last corruption, which reads and writes all of it. Default True.
@@ -77,9 +77,10 @@ class StepRunner:
         """
         defense, model, others = passes.defense, passes.model, list(others)
         refuse_updates_inside_backward([*selected.values(), *others])
-        self._find_out(passes, selected)
+        self._find_out(passes, selected, others)
         if defense.splits_batch and self.shared_prefix is not None and not self.shared_prefix.rows:
-            self._share(passes, with_rows(passes, self.shared_prefix))
+            with gradients_set_aside(others):
+                self._share(passes, with_rows(passes, self.shared_prefix))
         passes.share(self.shared_prefix)
         self.cost = 1 + (defense.cost - 1) * self._suffix_share
         if self.shared_prefix is not None:  # a forward pass more of it than in a stock step costs a third of it
@@ -106,14 +107,15 @@ class StepRunner:
             step.restore()  # in the block: an interrupt may come just where it ends, and then nothing ends it
         return step, norm
 
-    def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter]) -> None:
+    def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter], others: Iterable[nn.Parameter]) -> None:
         # Ids stay theirs: the prefix holds the model's modules.
         found = (self.reuse_prefix, passes.defense, id(passes.model), *map(id, selected.values()))
         if self._known == found and not self._in_another_mode(passes):
             return
         check_trained(selected, passes.defense)  # another defense than before may need what is frozen
         self._known, self._buffers_move = None, True
-        self._share(passes, find_shared_prefix(passes, selected, self._devices) if self.reuse_prefix else None)
+        with gradients_set_aside(others):  # a trial knows those of the model, and not those of its loss
+            self._share(passes, find_shared_prefix(passes, selected, self._devices) if self.reuse_prefix else None)
         self._modes = _modes(passes)
         self._known = found  # at last: what an interrupt breaks off is found out by the next step
 

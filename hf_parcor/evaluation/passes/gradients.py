@@ -23,7 +23,7 @@ from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
 from hf_parcor.model_state import card_notes_kept
-from hf_parcor.overriding import override
+from hf_parcor.overriding import gradients_set_aside, override
 
 _LOST = "an autograd kernel was not registered"
 
@@ -85,16 +85,9 @@ def gradients(
         with _no_gradient_lost():
             return torch.autograd.grad(loss(), parameters, allow_unused=True)
     # FSDP2 computes with other tensors: only a whole backward pass brings gradients to the shards.
-    kept = {parameter: parameter.grad for parameter in model.parameters()}
-    try:
-        for parameter in kept:
-            parameter.grad = None
-        with reducing(model), _no_gradient_lost():
-            loss().backward()  # type: ignore[no-untyped-call]
+    with gradients_set_aside(model.parameters()), reducing(model), _no_gradient_lost():
+        loss().backward()  # type: ignore[no-untyped-call]
         return tuple(parameter.grad for parameter in parameters)
-    finally:
-        for parameter, gradient in kept.items():
-            parameter.grad = gradient
 
 
 @contextmanager
