@@ -48,18 +48,23 @@ def obstacle(weight: Tensor) -> str | None:
         return str(weight.dtype).removeprefix("torch.")
     if weight.layout != torch.strided:
         return f"{str(weight.layout).removeprefix('torch.')} tensors"
-    if _is_expanded(weight):
-        return "expanded, several entries in one place"
+    if _overlaps(weight):
+        return "expanded or overlapping, several entries in one place"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         return "made in inference mode, which forbids writes outside of it"
     return None
 
 
-def _is_expanded(weight: Tensor) -> bool:
-    """Say whether entries share memory, which PyTorch refuses to write to."""
+def _overlaps(weight: Tensor) -> bool:
+    """Say whether entries share memory, as expanded rows and sliding windows do: each write there reaches others."""
     if weight.layout != torch.strided or weight.is_contiguous():
         return False
-    return not all(step or size == 1 for step, size in zip(weight.stride(), weight.shape, strict=True))
+    reach = 1  # of the dimensions inside
+    for step, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and step < reach:
+            return True
+        reach += step * (size - 1)
+    return False
 
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:
@@ -69,7 +74,7 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
         raise ValueError("weights: expected at least one tensor, got none; select parameters first")
     first_of_kind: dict[object, str] = {}
     for name, weight in weights.items():
-        memory = weight.dtype, weight.layout, weight.device, weight.is_inference(), _is_expanded(weight)
+        memory = weight.dtype, weight.layout, weight.device, weight.is_inference(), _overlaps(weight)
         first_of_kind.setdefault((type(weight), memory), name)
     for name in first_of_kind.values():
         found = obstacle(weights[name])

@@ -781,10 +781,16 @@ class TestRefusals:
             pass  # what is not touched may be anything
         parameters.pop("layer.0.weight")  # it was written, and restored
 
-    def test_weights_whose_entries_share_memory(self, parameters) -> None:
+    @for_each(
+        "rows",
+        [torch.ones(1, 3).expand(2, 3), torch.ones(5).unfold(0, 3, 1), torch.ones(9).as_strided((2, 2), (1, 1))],
+    )
+    def test_weights_whose_entries_share_memory(self, parameters, rows) -> None:
         """None can be written by itself; and where a write fails in the middle, so does putting the bits back."""
-        weights = {**parameters, "row": torch.ones(1, 3).expand(1, 3), "rows": torch.ones(1, 3).expand(2, 3)}
-        message = r"rows: expected a floating-point weight .* is expanded, several entries in one place; leave it out"
+        apart = torch.ones(6, 4, 6)
+        weights = {**parameters, "row": torch.ones(1, 3).expand(1, 3), "part": apart[::2, 1:3, ::3].transpose(0, 2)}
+        weights |= {"diagonal": apart[:, 0].diagonal(), "windows": torch.ones(9).unfold(0, 3, 3), "rows": rows}
+        message = r"rows: expected .* is expanded or overlapping, several entries in one place; leave it out"
         for write in (lambda: Injection(weights), lambda: GaussianNoise(0.1).pieces(weights)):
             with pytest.raises(TypeError, match=message):
                 write()
