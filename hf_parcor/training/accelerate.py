@@ -71,7 +71,8 @@ class DefendedBackward:
         ValueError: `parameters` is empty; a parameter is not of this model, is frozen while its gradient is needed, or
             is one that a corruption refuses; or the step would be silently wrong under the engine, such as DeepSpeed,
             Megatron-LM and FSDP1.
-        TypeError: An argument is of the wrong type, such as the name of a target instead of parameters.
+        TypeError: An argument is of the wrong type, such as the name of a target instead of parameters; or nothing
+            can be written into a parameter, such as a complex one.
         ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 
     Examples:

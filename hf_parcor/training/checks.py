@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_parcor.defenses import Defense
+from hf_parcor.injection import check_weights
 
 
 def _instead_of(setting: str) -> str:
@@ -240,9 +241,13 @@ def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> Non
     """Check the selected parameters, all of which must be trainable if the defense climbs along their gradients.
 
     Raises:
+        TypeError: Nothing can be written into a parameter.
         ValueError: A parameter is frozen, or is not for this defense.
         NotImplementedError: A parameter is sharded in a way that is not for this defense.
     """
+    loaded = {name: parameter for name, parameter in selected.items() if not parameter.is_meta}  # others may be later
+    if loaded and not defense.is_stock:
+        check_weights(loaded)
     defense.check(selected)
     if not defense.uses_gradients:
         return

@@ -77,8 +77,8 @@ class ParameterDefenseMixin(_Base):
             `backward`; the step would be wrong under the engine, such as DeepSpeed, or `ddp_static_graph`; the defense
             perturbs inputs without an input embedding or under DataParallel; or it differentiates twice with
             `torch_compile` or reentrant checkpoints.
-        TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`, a setting is of another type, or, when a
-            class is made, the Trainer's class stands before the mixin.
+        TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`, a setting is of another type, nothing can be
+            written into a defended parameter, or, when a class is made, the Trainer's class stands before the mixin.
         ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 
     Examples:

@@ -456,6 +456,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="expected trainable parameters"):
             self.refused(network, micro_batches, parameters=select_parameters(network, "all"), **late)
 
+    def test_a_weight_that_cannot_be_written_of_a_defense_that_starts_later(self, network, micro_batches):
+        network.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        with pytest.raises(TypeError, match=r"phase: expected .* got one that is complex64; leave it out"):
+            self.refused(network, micro_batches, defense=SAM(SET, start_epoch=3), epoch=0.0)
+        self.refused(network, micro_batches, defense=SAM(replace(SET, epsilon=0.0)))
+
     def test_an_engine_that_was_not_tried(self, network, micro_batches, monkeypatch):
         from accelerate.utils import DistributedType
 
