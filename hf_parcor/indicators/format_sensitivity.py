@@ -205,7 +205,7 @@ def sensitivity(
     unused = _unused(selected, reached, cells, unchanged)
     selected = {label: group for label, group in selected.items() if label not in unused}
     together = {name: weight for group in selected.values() for name, weight in group.items()}
-    linear = set(linear_modules(model))
+    linear, chosen = set(linear_modules(model)), set(together.values())
     return SensitivityRecord(
         model=model_name(model),
         groups=_recorded(model, selected),
@@ -219,7 +219,7 @@ def sensitivity(
             name
             for name, module in model.named_modules()
             if (isinstance(module, nn.Linear) or module in linear)
-            and not any(one is module.weight for one in together.values())
+            and chosen.isdisjoint(module.parameters())  # no `weight`, which spectral norm computes and counts
         ),
         loaded_part=_loaded_part(model),
         kept_in_float=_kept_in_float(model),
