@@ -349,6 +349,7 @@ class TestMeasuring:
     @pytest.mark.slow
     def test_a_prefix_that_is_reused_is_one_that_is_computed(self, case):
         corruptions = [GaussianNoise(0.5), GaussianNoise(0.0), Quantization(3), GaussianNoise(0.1)]
+        corruptions.insert(0, GradientCorruption(CorruptionConstraint(epsilon=0.5)))
         reused, full = (self.measure(case, case.build(), corruptions, reuse=reuse) for reuse in (True, False))
         assert reused == full
 

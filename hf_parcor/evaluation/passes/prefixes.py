@@ -20,7 +20,7 @@ from hf_parcor.evaluation.outputs import called, own_batch
 from hf_parcor.evaluation.passes.gradients import corrupted_model, trainable, unpublished
 from hf_parcor.evaluation.placement.replicas import all_batches
 from hf_parcor.injection import Device, Pieces, corrupted, obstacle
-from hf_parcor.model_state import BufferSnapshot, devices_of
+from hf_parcor.model_state import BufferSnapshot, devices_of, undone
 from hf_parcor.prefix import (
     TRIED_PASSES,
     FailuresAsPrefixErrors,
@@ -108,7 +108,7 @@ class PrefixSearch:
         """Return what does not depend on a group when a batch is measured, a generation say; all processes ask."""
         if index in self._together and index not in self._of_measurements:
             some = self._together[index]
-            with random_states_kept(devices_of(self._model)):
+            with undone(self._model):
                 found = self._seek_of_measurements(some) if self._pays(some) else {}
             # What is measured together must be the same everywhere, also where a rounding decides.
             agreed = set.intersection(*self._processes.gather(set(found)))
@@ -222,7 +222,6 @@ class PrefixSearch:
         finally:
             for prefix in prefixes.values():
                 prefix.forget()
-            buffers.put_back()
         return reasons
 
     def _disjoint(self, prefixes: dict[int, PrefixReuse]) -> Iterator[list[tuple[PrefixReuse, _Parameters]]]:
