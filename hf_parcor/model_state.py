@@ -98,7 +98,7 @@ class BufferSnapshot:
     def put_back(self) -> None:
         """Give every buffer its tensor and its bits back; one that was None, as what is computed once is, is None."""
         for buffers, name, buffer in self._places:
-            if buffers.get(name) is not buffer:
+            if name not in buffers or buffers[name] is not buffer:  # those of TorchScript have no `get`
                 buffers[name] = buffer
         for buffers, name in self._absent:
             buffers[name] = None
@@ -119,7 +119,7 @@ class BufferSnapshot:
     def moved(self) -> bool:
         """Say whether any buffer is another one now, or was written to; waits for the device."""
         for buffers, name, buffer in self._places:
-            if buffers.get(name) is not buffer or _version_of(buffer) != self._versions[id(buffer)]:
+            if name not in buffers or buffers[name] is not buffer or self.sees_a_write(buffer):
                 return True
             before = self._known.get(id(buffer))
             if before is not None and not same_numbers(buffer, before).all():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import RecursiveScriptModule
 
 _NO_COUNTER = object()
 _DATA = ("train_dataset", "eval_dataset")  # a list of numbers may be either
@@ -138,13 +139,17 @@ def _give_back(kept: Iterable[tuple[Tensor, Tensor | None]]) -> None:
 
 
 def hook_after(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any, Any], Any]) -> None:
-    """Let a function run after each call of a module, after its hooks, until a block ends."""
+    """Let a function run after each call of a module, after its hooks, until a block ends; not of TorchScript."""
+    if isinstance(module, RecursiveScriptModule):  # it runs no hooks
+        return
     undo_at_end(block, _unhook, module, "_forward_hooks", function)
     module.register_forward_hook(function)
 
 
 def hook_before(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
-    """Let a function run before each call of a module, before its hooks, until a block ends."""
+    """Let a function run before each call of a module, before its hooks, until a block ends; not of TorchScript."""
+    if isinstance(module, RecursiveScriptModule):
+        return
     undo_at_end(block, _unhook, module, "_forward_pre_hooks", function)
     module.register_forward_pre_hook(function, prepend=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,6 +199,13 @@ def normed(body):
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), body, nn.Tanh())
 
 
+def of_torchscript(compiled, *examples):
+    """It runs no hooks, or is no mapping of its buffers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return compiled(normed(nn.BatchNorm1d(WIDTH)), *examples)
+
+
 def spectral():
     return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh())
 
@@ -344,6 +352,14 @@ class PreparesInPlace(tf.Trainer):
         return inputs
 
 
+class MakesItsOptimizer(tf.Trainer):
+    """The stock one looks into modules in a way that TorchScript's are not made for."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
+        return self.optimizer
+
+
 class OfEachDevice(tf.Trainer):
     """What `nn.DataParallel` returns on a machine with two GPUs: a loss of each."""
 
@@ -410,6 +426,10 @@ CASES = {
     "a queue of features": Case(lambda: Queue(plain().body)),
     "batch normalisation": Case(lambda: Body(normed(nn.BatchNorm1d(WIDTH)))),
     "batch normalisation by hand": Case(lambda: Body(normed(ByHand()))),
+    "a part in TorchScript": Case(lambda: Body(of_torchscript(torch.jit.script)), MakesItsOptimizer),
+    "a part that was traced": Case(
+        lambda: Body(of_torchscript(torch.jit.trace, torch.randn(3, WIDTH))), MakesItsOptimizer
+    ),
     "batch normalisation before and behind": Case(NormsTwice, reused=False),
     "normalised inside of what cannot be recorded": Case(lambda: Unwraps(RepliesWithAnObject())),
     "spectral norm": Case(lambda: Body(spectral())),

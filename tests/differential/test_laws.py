@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import Accelerator
-from differential.hostile import CASES, PopsWhatIsNested, boxed, detector
+from differential.hostile import CASES, MakesItsOptimizer, PopsWhatIsNested, boxed, detector
 from for_each import for_each
 from torch import nn
 from trainings import QUIET, losses_of
@@ -193,7 +193,7 @@ class TestTraining:
             torch.testing.assert_close(one, other, **summed, msg=key)
 
 
-LOOPED = [name for name, case in CASES.items() if case.trainer is tf.Trainer]
+LOOPED = [name for name, case in CASES.items() if case.trainer in (tf.Trainer, MakesItsOptimizer)]
 
 
 @pytest.mark.slow
