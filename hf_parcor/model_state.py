@@ -265,11 +265,21 @@ class StepBuffers:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module's own training flag back afterwards."""
+    """Put a model into evaluation mode, and every module's own training flag back afterwards.
+
+    Raises:
+        ValueError: It has none, as a module that `torch.export` made.
+    """
     flags = [(module, module.training) for module in model.modules()]
     with ExitStack() as block:
         undo_at_end(block, _set_flags, flags)
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:
+            raise ValueError(
+                f"model: expected one with an evaluation mode, got {type(model).__name__} ({error}); take the model "
+                "that it was exported from"
+            ) from error
         yield
 
 

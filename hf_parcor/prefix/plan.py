@@ -252,7 +252,7 @@ def find_prefix(
         PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
     """
     check_some_is_left(model, selected)
-    with evaluation_mode(model), torch.no_grad(), undone(model):
+    with FailuresAsPrefixErrors(), evaluation_mode(model), torch.no_grad(), undone(model):
         calls, _ = watch_calls(model, lambda: run_alone(run))
         return kind(*cut_in(calls, model, selected, finished_before))
 

@@ -167,6 +167,11 @@ def test_statistics_that_move_are_no_difference_of_two_full_runs(kind, bits_of):
     assert bits_of(model) == before
 
 
+def refuse_a_mode(mode=True):
+    """As a module of `torch.export` does."""
+    raise NotImplementedError("not supported yet")
+
+
 class TestWhatCannotBeCut:
     def test_a_selected_parameter_that_is_used_before_its_module_is_called(self):
         class Shy(nn.Module):
@@ -191,6 +196,14 @@ class TestWhatCannotBeCut:
         selected = {"weight": model.last.weight}
         with pytest.raises(PrefixError, match="weight is used before the module that holds it is called"):
             plan_prefix(model, selected, lambda: model(torch.randn(2, 4)))
+
+    def test_a_model_without_an_evaluation_mode(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[0].train = refuse_a_mode
+        with pytest.raises(
+            PrefixError, match=r"an evaluation mode, got Sequential \(not supported yet\); take the model"
+        ):
+            plan_prefix(model, {"weight": model[1].weight}, lambda: model(torch.randn(2, 4)))
 
     def test_a_result_that_goes_around_what_modules_return(self):
         class Leaking(nn.Module):
