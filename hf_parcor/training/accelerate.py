@@ -134,7 +134,7 @@ class DefendedBackward:
         Returns:
             The risk and the losses, not divided by the accumulation steps. If the defense is not active (for example
             before its start epoch), all are the plain loss, and `defended` is False. If no step of a loop was
-            defended, a warning follows when its Accelerator is deleted.
+            defended, or no defended parameter ever had a gradient, a warning follows when its Accelerator is deleted.
 
         Raises:
             ValueError: `epoch` or `step` is missing or negative; `batch` is missing although the defense has a
@@ -161,8 +161,8 @@ class DefendedBackward:
                 "the block, since Accelerate makes batches even by itself"
             )
         active = _is_active(defense, epoch, step)
-        IdleLoop.of(self._accelerator).count(defense, active=active, epoch=epoch)
         if not active:
+            IdleLoop.of(self._accelerator).count(defense, active=False, epoch=epoch)
             loss = _checked(loss_fn() if batch is None else loss_fn(batch))
             self._accelerator.backward(loss)
             loss = loss.detach()
@@ -175,6 +175,9 @@ class DefendedBackward:
         others = trained_beside(self._selected.values(), passes.modules, self._accelerator._optimizers)
         defended, norm = self._runner.run(passes, self._selected, others, self._embedding, epoch=epoch or 0.0)
         assert norm is not None, "it is measured unless told otherwise"
+        used = not defense.uses_gradients or any(one.grad is not None for one in self._selected.values())
+        unused = "" if used else next(iter(self._selected))
+        IdleLoop.of(self._accelerator).count(defense, active=True, epoch=epoch, unused=unused)
         corrupted = defense.corrupted_loss(defended.losses)
         return DefendedLoss(defended.risk, defended.losses[0], corrupted, norm, defended=True)
 

@@ -316,9 +316,9 @@ class IdleLoop:
                 weakref.finalize(accelerator, loop._say)
         return loop
 
-    def count(self, defense: Defense, *, active: bool, epoch: float | None) -> None:
-        """Count one micro-batch; a defense that is the stock step is said at once, and once."""
-        self._acted |= active
+    def count(self, defense: Defense, *, active: bool, epoch: float | None, unused: str = "") -> None:
+        """Count one micro-batch, with a defended parameter if none had a gradient; a stock step is said at once."""
+        self._acted |= active and not unused
         if self._acted:
             self.summary = ""
             return
@@ -328,6 +328,13 @@ class IdleLoop:
             )
             return
         self._calls += 1
+        if unused:
+            self.summary = (
+                f"The defense did nothing in this loop: in {self._calls} calls of defended_backward no defended "
+                f"parameter, such as {unused}, ever had a gradient, so nothing was corrupted. Let loss_fn compute "
+                "with the model that was passed beside it, or defend what its loss depends on."
+            )
+            return
         self.summary = (
             f"The defense did nothing in this loop: none of its {self._calls} calls of defended_backward was defended "
             f"(start_epoch={defense.start_epoch:g}, interval={defense.interval}, and the last epoch was "

@@ -28,6 +28,7 @@ from hf_parcor import (
     CorruptionConstraint,
     CorruptionRisk,
     DefendedBackward,
+    GaussianNoise,
     GradientCorruption,
     GradientPenalty,
     MultiStepRisk,
@@ -520,6 +521,8 @@ IDLE = {  # what a loop of four micro-batches in two epochs says when it is over
     "no radius": ([SAM(CorruptionConstraint(epsilon=0))], ["does nothing, since epsilon=0"]),
     "no steps of a size": ([MultiStepRisk(SET, step_size=0)], ["does nothing, since step_size=0"]),
     "a radius that grows": ([MultiStepRisk(SET, start_epoch=1.5), SAM(SET, start_epoch=0.5)], []),
+    "with another model": ([SAM(SET)], [f"{NEVER}: in 4 calls .* such as 0.weight, ever had a gradient"]),
+    "with another model, and noise": ([CorruptionRisk(GaussianNoise(0.1))], []),
 }
 
 
@@ -528,10 +531,10 @@ def test_a_loop_that_was_not_defended_says_so_once(case, network, micro_batches,
     logging.getLogger("transformers").propagate = True
     idle_module.logger.warning_once.cache_clear()
     (*defenses, last), expected = IDLE[case]
-    accelerator = Accelerator(cpu=True)
+    accelerator, used = Accelerator(cpu=True), copy.deepcopy(network) if "another model" in case else network
     for step, epoch in enumerate((0, 0.5, 1, 1.5)):
         defense = defenses[0] if defenses and step < 2 else last
-        defended_backward(accelerator, defense, network, loss_of(network, micro_batches[0]), epoch=epoch, step=step)
+        defended_backward(accelerator, defense, network, loss_of(used, micro_batches[0]), epoch=epoch, step=step)
     before = len(caplog.records)
     assert not [record for record in caplog.records[:before] if NEVER in record.getMessage()]
     del accelerator
