@@ -219,7 +219,7 @@ def sensitivity(
             name
             for name, module in model.named_modules()
             if (isinstance(module, nn.Linear) or module in linear)
-            and chosen.isdisjoint(module.parameters())  # no `weight`, which spectral norm computes and counts
+            and module._parameters.get("weight") not in chosen  # as an attribute, it may be computed, and counted
         ),
         loaded_part=_loaded_part(model),
         kept_in_float=_kept_in_float(model),
@@ -417,7 +417,10 @@ def _holders(model: nn.Module, together: Mapping[str, nn.Parameter]) -> dict[str
         for name, weight in module.named_parameters(recurse=False):
             if weight in names:
                 place = f"{prefix}.{name}" if prefix else name
-                found[names[weight]][place.removesuffix(".weight")] = _class_name(module)
+                kind = _class_name(module)
+                if name != "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
+                    kind += f" with {name}"  # of which its weight is computed
+                found[names[weight]][place.removesuffix(".weight")] = kind
     return found
 
 

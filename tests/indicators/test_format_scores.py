@@ -352,13 +352,13 @@ def test_a_model_that_counts_its_runs_is_left_as_it_was(bits_of) -> None:
         assert bits_of(model) == before, probes
 
 
-def test_a_weight_that_is_computed_is_left_as_it_was_and_has_its_module_inside(bits_of) -> None:
+def test_a_weight_that_is_computed_is_left_as_it_was_and_in_no_group(bits_of) -> None:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2)).train()
     before = bits_of(model)
     settings = {"loss": lambda model, x: model(x).square().mean(), "progress": False}
     record = sensitivity(model, [torch.randn(3, 4)], [Quantization(4, "channel")], {"normed": ["0"]}, **settings)
     assert bits_of(model) == before
-    assert record.outside == ("1",)
+    assert record.outside == ("0", "1")
 
 
 def test_what_there_is_to_score_is_known_before_anything_is_run() -> None:

@@ -236,6 +236,7 @@ class Attention(nn.Module):
     [
         (nn.Linear(32, 32), (3, 32), {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml"}),
         (Mine(32, 32), (3, 32), {"bitsandbytes.yaml", "llm_compressor.yaml"}),
+        (nn.utils.spectral_norm(nn.Linear(32, 32)), (3, 32), {"bitsandbytes.yaml"}),
         (nn.Conv1d(32, 32, 32), (32, 32), set()),
         (Attention(), (3, 32), set()),
     ],
