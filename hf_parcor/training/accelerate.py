@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from hf_parcor.distributed.ddp import data_parallel
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
 from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.injection import CorruptionNorm
+from hf_parcor.model_state import modules_of
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.callbacks import IdleLoop
@@ -138,8 +139,8 @@ class DefendedBackward:
 
         Raises:
             ValueError: `epoch` or `step` is missing or negative; `batch` is missing although the defense has a
-                `batch_share`; a hook takes a gradient inside `backward`; or processes share a corruption with
-                `sync_perturbation` inside `join_uneven_inputs`.
+                `batch_share`; the model holds other parameters than before; a hook takes a gradient inside
+                `backward`; or processes share a corruption with `sync_perturbation` inside `join_uneven_inputs`.
             TypeError: `loss_fn` is a loss instead of a function, or does not return a scalar tensor.
         """
         defense = self._defense
@@ -171,6 +172,7 @@ class DefendedBackward:
         if is_sharded(self._whole):
             drop_gathered(self._whole)
         passes = _LoopPasses(self._accelerator, defense, self._model, loss_fn, batch)
+        _check_held(passes.modules, self._selected)
         # Found anew, since a loop may unfreeze more and more.
         others = trained_beside(self._selected.values(), passes.modules, self._accelerator._optimizers)
         defended, norm = self._runner.run(passes, self._selected, others, self._embedding, epoch=epoch or 0.0)
@@ -266,14 +268,19 @@ def _is_active(defense: Defense, epoch: float | None, step: int | None) -> bool:
 def _selected(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None) -> dict[str, nn.Parameter]:
     if parameters is None:
         return select_trainable(model)
-    known = {id(parameter) for parameter in model.parameters()}
+    _check_held(modules_of(model), parameters)
+    return dict(parameters)
+
+
+def _check_held(modules: Iterable[nn.Module], parameters: Mapping[str, nn.Parameter]) -> None:
+    known = {id(parameter) for module in modules for parameter in module._parameters.values()}
     strange = [name for name, parameter in parameters.items() if id(parameter) not in known]
     if strange:
         raise ValueError(
             f"parameters: expected those of the model, got {len(strange)} others such as {strange[0]!r}; select them "
-            "from accelerator.unwrap_model(model), after accelerator.prepare"
+            "from accelerator.unwrap_model(model), after accelerator.prepare, and make a new DefendedBackward where "
+            "the model was given others, as by load_state_dict(assign=True)"
         )
-    return dict(parameters)
 
 
 class _LoopPasses(Passes):

@@ -463,6 +463,16 @@ class TestErrors:
             self.refused(network, micro_batches, defense=SAM(SET, start_epoch=3), epoch=0.0)
         self.refused(network, micro_batches, defense=SAM(replace(SET, epsilon=0.0)))
 
+    def test_parameters_that_the_model_holds_no_more(self, network, micro_batches):
+        """Else the old ones would be corrupted, and every step called defended."""
+        backward = DefendedBackward(
+            Accelerator(cpu=True), MultiStepRisk(SET), network, dict(network.named_parameters())
+        )
+        backward(loss_of(network, micro_batches[0]))
+        network.load_state_dict(copy.deepcopy(network.state_dict()), assign=True)
+        with pytest.raises(ValueError, match=r"got 4 others such as '0.weight'; .* make a new DefendedBackward"):
+            backward(loss_of(network, micro_batches[0]))
+
     def test_an_engine_that_was_not_tried(self, network, micro_batches, monkeypatch):
         from accelerate.utils import DistributedType
 
