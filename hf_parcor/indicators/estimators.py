@@ -105,7 +105,7 @@ def hessian_diagonal(loss: LossOverData, probes: int = 16, seed: int = 0) -> dic
 def _products(loss: LossOverData, batch: Batch, seeds: Sequence[int]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield v and H v of the mean loss of one batch, for the probe of each seed."""
     parameters = list(loss.parameters.values())
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), trainable(parameters):
+    with sdpa_kernel(SDPBackend.MATH), trainable(parameters):
         gradient = torch.autograd.grad(loss.gradients.loss_on(batch), parameters, create_graph=True, allow_unused=True)
         for seed in seeds:
             signs = random_signs(parameters, torch.Generator().manual_seed(seed))

@@ -51,6 +51,16 @@ class TestOverData:
         per_batch = [longhand(model, model(**batch).loss)["classifier.bias"] for batch in batches]
         assert not torch.allclose(gradient["classifier.bias"], torch.stack(per_batch).mean(0)), "the data is too easy"
 
+    @for_each("off", [torch.no_grad, torch.inference_mode])
+    def test_where_a_caller_has_turned_gradients_off(self, classifier, batches, off):
+        corruptions = [GradientCorruption(CorruptionConstraint(epsilon=0.3)), Quantization(4)]
+        corruptions += [MultiStepCorruption(CorruptionConstraint(epsilon=epsilon), steps=9) for epsilon in (0.3, 0.6)]
+        settings = {"target_modules": ["classifier"], "progress": False}
+        evaluator = CorruptionEvaluator(classifier, ClassificationMetric(batches), batches, **settings)
+        expected = evaluator.evaluate(corruptions)
+        with off():
+            assert evaluator.evaluate(corruptions) == expected
+
     def test_of_a_users_loss_first_labels_count_too(self):
         config = transformers.GPT2Config(**tiny.gpt2(layers=1))
         model = transformers.GPT2LMHeadModel(config).double().eval()

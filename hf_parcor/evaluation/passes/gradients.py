@@ -329,7 +329,7 @@ class DatasetGradients:
     def _gradient(self, batch: Batch, weight: float = 1.0) -> list[Tensor]:
         parameters = list(self._parameters.values())
 
-        with torch.enable_grad(), trainable(parameters):
+        with trainable(parameters):
             gradient = gradients(self._model, parameters, lambda: self.loss_on(batch) * weight)
         self.reached.update(name for name, part in zip(self._parameters, gradient, strict=True) if part is not None)
         found = [
@@ -407,12 +407,13 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
 
 @contextmanager
 def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let frozen parameters require gradients inside the block, such as those under an adapter."""
+    """Let parameters have gradients inside the block, frozen ones too, and where a caller has turned gradients off."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
