@@ -54,9 +54,10 @@ class DefendedBackward:
     `loss_fn` and `accelerator.backward` run once for each pass, at corrupted weights. Afterwards the weights have
     their exact bits again, also after an exception, and the gradient of the risk has been added to each `.grad`. The
     optimizer steps as always. Buffers, such as BatchNorm's running statistics, change as in one step at the clean
-    weights. It works inside `accelerator.accumulate(model)` and with mixed precision. Under DDP only the last pass
-    reduces gradients, and each process corrupts along the gradient of its own batch, or with `sync_perturbation` along
-    that of all batches. Under FSDP2 every pass reduces gradients, and all corrupt along the gradient of all batches.
+    weights, also those of other models that the Accelerator prepared. It works inside `accelerator.accumulate(model)`
+    and with mixed precision. Under DDP only the last pass reduces gradients, and each process corrupts along the
+    gradient of its own batch, or with `sync_perturbation` along that of all batches. Under FSDP2 every pass reduces
+    gradients, and all corrupt along the gradient of all batches.
 
     Args:
         accelerator: The loop's Accelerator.
@@ -294,7 +295,7 @@ class _LoopPasses(Passes):
         loss_fn: Callable[..., Tensor],
         batch: Any,
     ) -> None:
-        super().__init__(accelerator, defense, model)
+        super().__init__(accelerator, defense, model, accelerator._models)
         self._loss_fn = loss_fn
         self._as_given = private_copy(batch)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, ClassVar
 
@@ -39,18 +39,23 @@ class Passes(ABC):
         accelerator: That of the loop.
         defense: It says how many passes there are, and which share of the batch each sees.
         model: The model as it was prepared.
+        beside: Other models that the loss may go through, whose buffers move in a step too.
 
     Attributes:
         modules: All of the model's.
+        moving: Those, and all of the other models'.
     """
 
     _batches: ClassVar[tuple[str, ...]] = ("_as_given",)  # where copies of the batch are; the last is what passes see
 
-    def __init__(self, accelerator: Accelerator, defense: Defense, model: nn.Module) -> None:
+    def __init__(
+        self, accelerator: Accelerator, defense: Defense, model: nn.Module, beside: Sequence[nn.Module] = ()
+    ) -> None:
         self.accelerator, self.defense, self.model = accelerator, defense, model
         self._prefix: PrefixReuse | None = None
         self.modules = modules_of(model)
-        self._buffers = StepBuffers(self.modules, wrapped=wrapped_by(model))
+        self.moving = modules_of(model, *beside) if beside else self.modules
+        self._buffers = StepBuffers(self.moving, wrapped=wrapped_by(model))
 
     @abstractmethod
     def prepare(self) -> None:
@@ -73,7 +78,7 @@ class Passes(ABC):
         """Let the passes reuse a prefix, after which there is more to be sent backward than the last pass."""
         if prefix is not None:
             self._prefix = prefix
-            self._buffers = StepBuffers(self.modules, prefix.replayed, wrapped_by(self.model))
+            self._buffers = StepBuffers(self.moving, prefix.replayed, wrapped_by(self.model))
 
     def watch(self) -> None:
         """Run to the loss, in the mode that the model is in; the batch must be prepared."""
@@ -121,7 +126,7 @@ class Passes(ABC):
         Returns:
             Whether any moved.
         """
-        if next(self.model.buffers(), None) is None:
+        if not any(module._buffers for module in self.moving):
             return False
         with self._buffers.moving(), random_states_kept(devices_of(self.model)):
             self._run_forward()

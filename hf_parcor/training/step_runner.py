@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_parcor.distributed.ddp import reduction_of
 from hf_parcor.distributed.fsdp import is_sharded, on_shards
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.injection import CorruptionNorm
+from hf_parcor.model_state import BufferSnapshot
 from hf_parcor.overriding import gradients_set_aside, undoing_left
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import TargetError
@@ -79,7 +81,7 @@ class StepRunner:
         refuse_updates_inside_backward([*selected.values(), *others])
         self._find_out(passes, selected, others)
         if defense.splits_batch and self.shared_prefix is not None and not self.shared_prefix.rows:
-            with gradients_set_aside(others):
+            with _left_as_it_was(passes, others):
                 self._share(passes, with_rows(passes, self.shared_prefix))
         passes.share(self.shared_prefix)
         self.cost = 1 + (defense.cost - 1) * self._suffix_share
@@ -114,7 +116,7 @@ class StepRunner:
             return
         check_trained(selected, passes.defense)  # another defense than before may need what is frozen
         self._known, self._buffers_move = None, True
-        with gradients_set_aside(others):  # a trial knows those of the model, and not those of its loss
+        with _left_as_it_was(passes, others):
             self._share(passes, find_shared_prefix(passes, selected, self._devices) if self.reuse_prefix else None)
         self._modes = _modes(passes)
         self._known = found  # at last: what an interrupt breaks off is found out by the next step
@@ -131,6 +133,14 @@ class StepRunner:
             return False
         passes.prepare()  # a training step sets the mode
         return self._modes != _modes(passes)
+
+
+@contextmanager
+def _left_as_it_was(passes: Passes, others: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let a trial leave what is beside the model, too: gradients of what its loss trains, buffers of other models."""
+    beside = set(passes.moving).difference(passes.modules)
+    with gradients_set_aside(others), BufferSnapshot(beside).undone():
+        yield
 
 
 def _modes(passes: Passes) -> list[object]:

@@ -229,18 +229,19 @@ def test_what_is_unfrozen_between_two_steps_is_trained_like_the_rest(network, mi
 @pytest.mark.parametrize("defense", [pair[0] for pair in WEIGHTS.values()], ids=list(WEIGHTS))
 def test_a_second_model_that_the_loss_goes_through(network, micro_batches, defense, share):
     """As a generator's loss goes through its critic, which another optimizer trains."""
-    found, critic = [], nn.Linear(3, 3).double()
+    found, critic = [], nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
     for apart in (True, False):
         first, second = copy.deepcopy(network), copy.deepcopy(critic)
         whole, accelerator = nn.Sequential(first, second), Accelerator(cpu=True)
-        accelerator.prepare(*(torch.optim.SGD(model.parameters(), lr=0.1) for model in (first, second)))
+        accelerator.prepare(*(torch.optim.SGD(model.parameters(), lr=0.1) for model in (first, second)), second)
         model, target = (first, "2") if apart else (whole, "0.2")
         backward = DefendedBackward(
             accelerator, replace(defense, batch_share=share), model, select_parameters(model, [target])
         )
         for batch in micro_batches[:2]:
             backward(lambda part, whole=whole: cross_entropy(whole(part[0]), part[1]), batch)
-        found.append(gradients(whole))
+        found.append({**gradients(whole), **dict(whole.named_buffers())})
+    assert found[0]["1.0.num_batches_tracked"] == 2
     torch.testing.assert_close(*found, **EXACT)
 
 
