@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit import RecursiveScriptModule
+from torch.jit._script import RecursiveScriptModule
 
 _NO_COUNTER = object()
 _DATA = ("train_dataset", "eval_dataset")  # a list of numbers may be either

@@ -79,6 +79,7 @@ class DefendedStep:
         self._inputs: AdversarialInputs | None = None
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
+        self._handed_back: list[tuple[torch.nn.Parameter, Tensor]] = []  # one of them, to see whether it stays
         self._fresh: dict[str, Tensor] = {}
         self._fresh_is_sum = False
         self._ascent: RememberedAscent | None = None
@@ -176,6 +177,12 @@ class DefendedStep:
         ratio: list[Tensor] = []
 
         def seen(loss: Tensor) -> Tensor:
+            for parameter, gradient in self._handed_back:
+                if parameter.grad is not gradient:
+                    raise ValueError(
+                        "loss: expected one that is computed, and no more, got one that takes away the gradients of "
+                        "earlier passes, as optimizer.zero_grad() does; call that before the step"
+                    )
             value = objective(loss)
             ratio.append(torch.where(value.detach() == 0, 1.0, loss.detach() / value.detach()))
             return value if self._prefix is None else self._prefix.joined(value)
@@ -425,6 +432,7 @@ class DefendedStep:
         self._end_ascent()
         for name, parameter in self.parameters.items():
             parameter.grad = self._sum.get(name)
+        self._handed_back = [(self.parameters[name], gradient) for name, gradient in self._sum.items()][:1]
         self._sum = {}
 
     def __enter__(self) -> DefendedStep:

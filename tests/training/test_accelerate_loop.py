@@ -464,6 +464,19 @@ class TestErrors:
             self.refused(network, micro_batches, defense=SAM(SET, start_epoch=3), epoch=0.0)
         self.refused(network, micro_batches, defense=SAM(replace(SET, epsilon=0.0)))
 
+    @for_each("defense", [MultiStepRisk(SET, steps=1), MultiStepRisk(SET, steps=3), ACRT(SET)])
+    def test_a_closure_that_clears_gradients(self, network, micro_batches, bits_of, defense):
+        """As those for L-BFGS do: the update would be that of the last pass alone."""
+        before, optimizer = bits_of(network), torch.optim.SGD(network.parameters(), lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            return loss_of(network, micro_batches[0])()
+
+        with pytest.raises(ValueError, match=r"takes away the gradients .* optimizer.zero_grad\(\) does; call that"):
+            self.refused(network, micro_batches, defense=defense, loss_fn=closure)
+        assert bits_of(network) == before
+
     def test_parameters_that_the_model_holds_no_more(self, network, micro_batches):
         """Else the old ones would be corrupted, and every step called defended."""
         backward = DefendedBackward(
