@@ -1,4 +1,7 @@
-"""Groupings of a model's parameters, for a probe of one group after the other."""
+"""Groupings of a model's parameters, for a probe of one group after the other.
+
+Their names are those of the model that is measured: the one inside of DDP, or of what `torch.compile` returns.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 from torch import nn
 
+from hf_parcor.distributed.fsdp import as_written
 from hf_parcor.targets.kinds import is_normalization, linear_modules, output_layers, parameters_below
 from hf_parcor.targets.matching import WORDS, TargetError, parameters_by_module
 from hf_parcor.targets.selection import Selector
@@ -41,6 +45,7 @@ def by_layer(model: nn.Module) -> Groups:
         >>> by_layer(model)
         {'1.0': ['1.0'], '1.1': ['1.1']}
     """
+    model = as_written(model)
     stacks = find_stacks(model)
     if not stacks:
         raise TargetError(
@@ -64,6 +69,7 @@ def by_kind(model: nn.Module) -> Groups:
         >>> by_kind(nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), nn.Linear(2, 2)))
         {'layer-norm': ['1'], 'embedding': ['0'], 'linear': ['2']}
     """
+    model = as_written(model)
     left, targets = _all_parameters(model), Targets(model)
     groups: Groups = {}
     for kind, select in _KINDS.items():
@@ -84,6 +90,7 @@ def by_module(model: nn.Module) -> Groups:
         >>> by_module(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
         {'0': ['0'], '2': ['2']}
     """
+    model = as_written(model)
     left, targets = _all_parameters(model), Targets(model)
     groups: Groups = {}
     for name, module in model.named_modules():
@@ -106,6 +113,7 @@ def by_adapter(model: nn.Module) -> Groups:
         >>> by_adapter(model)
         {'default': ['lora.default']}
     """
+    model = as_written(model)
     names: Iterable[str] = getattr(model, "peft_config", {})
     found: dict[str, set[nn.Parameter]] = {name: set() for name in names}
     for module in model.modules():

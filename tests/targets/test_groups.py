@@ -9,7 +9,7 @@ import torch
 from for_each import for_each
 from torch import nn
 
-from hf_parcor import LayerProbe
+from hf_parcor import LayerProbe, Quantization
 from hf_parcor.targets import TargetError, by_adapter, by_kind, by_layer, by_module, find_stacks, select_parameters
 from hf_parcor.targets.matching import parameters_by_module
 
@@ -95,6 +95,16 @@ def test_targets_are_short(model_of):
     assert by_layer(bert)["bert.encoder.layer.1"] == ["bert.encoder.layer.1"]
     assert "bert.encoder.layer.0.attention.self" in by_kind(bert)["attention"]
     assert by_kind(bert)["output"] == ["classifier"]
+
+
+@for_each("group", [by_kind, by_layer, by_module])
+def test_groups_of_a_wrapper_are_those_of_what_is_measured(group):
+    model = nn.Sequential(nn.Embedding(3, 2), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.LayerNorm(2))
+    wrapped = nn.DataParallel(model)
+    groups = group(wrapped)
+    assert groups == group(model)
+    sweep = LayerProbe(wrapped, lambda _: {"nothing": 0.0}, targets=groups, progress=False).evaluate(Quantization(4))
+    assert sweep.records.keys() == groups.keys()
 
 
 def test_a_name_that_is_also_the_end_of_another():
