@@ -321,6 +321,20 @@ class TestTheWalk:
 
 
 class TestErrors:
+    @for_each(
+        ("wrong", "error", "says"),
+        [
+            (lambda logits: logits.sum(1), TypeError, r"one number, got shape \(\d+,\); return the mean"),
+            (lambda logits: logits.mean().item(), TypeError, "one number, got float; return the mean"),
+            (lambda logits: None, TypeError, "one number, got NoneType; return the mean"),
+            (lambda logits: logits.mean().detach(), ValueError, "got one without a gradient; .* do not detach it"),
+        ],
+    )
+    def test_a_loss_that_is_none(self, classifier, batches, wrong, error, says):
+        gradients = gradients_of(classifier, batches, loss=lambda model, batch: wrong(model(**batch).logits))
+        with pytest.raises(error, match=says):
+            gradients.over_data()
+
     def test_no_item_at_all(self, classifier):
         ignored = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.full((2,), -100)}
         for batches in ([], [ignored]):

@@ -283,8 +283,22 @@ class DatasetGradients:
         return _shares(self._batches, self._count_items, self._items, most)
 
     def loss_on(self, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch at the current weights."""
-        return self._loss(self._model, own_batch(batch, self._model))
+        """Return the mean loss of a batch at the current weights.
+
+        Raises:
+            TypeError: It is no tensor of one number.
+            ValueError: It has no gradient, where one is asked for.
+        """
+        loss: Any = self._loss(self._model, own_batch(batch, self._model))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss: expected a tensor with one number, got {found}; return the mean loss of the batch")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                "loss: expected one that depends on the selected weights, got one without a gradient; compute it with "
+                "the model, and do not detach it, or select weights that the model uses"
+            )
+        return loss
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
