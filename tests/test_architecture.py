@@ -232,7 +232,7 @@ class TestWhatIsLoaded:
         readers = {"records", "reports", "cards", "cli", "evaluation", "indicators", "tasks", "translation"}
         assert {part_of(name) for name in found}.isdisjoint(readers | {"trainers"})
         lines = sum(lines_behind_imports(SOURCES[name]) for name in found)
-        assert lines <= 14_202, "training has come to load more; is all of it needed to train?"
+        assert lines <= 14_237, "training has come to load more; is all of it needed to train?"
 
     def test_by_the_command_line_where_nothing_is_measured(self, tmp_path):
         program = f"""
