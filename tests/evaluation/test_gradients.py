@@ -51,6 +51,7 @@ class TestOverData:
         per_batch = [longhand(model, model(**batch).loss)["classifier.bias"] for batch in batches]
         assert not torch.allclose(gradient["classifier.bias"], torch.stack(per_batch).mean(0)), "the data is too easy"
 
+    @pytest.mark.slow
     @for_each("off", [torch.no_grad, torch.inference_mode])
     def test_where_a_caller_has_turned_gradients_off(self, classifier, batches, off):
         corruptions = [GradientCorruption(CorruptionConstraint(epsilon=0.3)), Quantization(4)]
