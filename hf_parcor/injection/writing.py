@@ -367,7 +367,7 @@ class Injection:
         return CorruptionSize(int(total(counts, _sum)), float(realised), float(asked))
 
     def _changes(self, *, careful: bool) -> tuple[list[Tensor], list[Tensor]]:
-        none = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        none = torch.tensor(0, device="cpu"), torch.tensor(0.0, dtype=torch.float64, device="cpu")
         changes = [
             _change(weight, self._saved[place], careful=careful) if place in self._saved else none
             for place, weight in enumerate(self._vector)
