@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
+from itertools import islice
 from types import TracebackType
 
 import torch
@@ -432,7 +433,7 @@ class DefendedStep:
         self._end_ascent()
         for name, parameter in self.parameters.items():
             parameter.grad = self._sum.get(name)
-        self._handed_back = [(self.parameters[name], gradient) for name, gradient in self._sum.items()][:1]
+        self._handed_back = [(self.parameters[name], gradient) for name, gradient in islice(self._sum.items(), 1)]
         self._sum = {}
 
     def __enter__(self) -> DefendedStep:

@@ -22,7 +22,7 @@ from hf_parcor.model_state import (
     same_numbers,
     undone,
 )
-from hf_parcor.overriding import hook_after, undo_at_end
+from hf_parcor.overriding import gradients_set_aside, hook_after, undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
     NothingToReuse,
@@ -293,7 +293,6 @@ def try_prefix(
     """
     if trained is None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    before = {name: parameter.grad for name, parameter in trained.items()}
     clean = BufferSnapshot(model.modules())
     buffers = StepBuffers(modules_of(model), prefix.replayed)
     devices = devices_of(model)
@@ -327,7 +326,13 @@ def try_prefix(
             return result, gradients_of(trained), BufferSnapshot(model.modules()).values
 
     try:
-        with torch.enable_grad(), clean.undone(), random_states_kept(devices), prefix.drawing_alike(devices):
+        with (
+            torch.enable_grad(),
+            gradients_set_aside(trained.values()),
+            clean.undone(),
+            random_states_kept(devices),
+            prefix.drawing_alike(devices),
+        ):
             expected, gradients, moved = full()
             for parameter in trained.values():
                 parameter.grad = None
@@ -357,8 +362,6 @@ def try_prefix(
                 apart = distance(again, expected), distance(moved_again, moved)
     finally:
         prefix.forget()
-        for name, parameter in trained.items():
-            parameter.grad = before[name]
 
     for name, *of_runs in zip(("result", "state that the model keeps in buffers"), off, apart, strict=True):
         check_results(name, *of_runs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.model_state import evaluation_mode, undone
+from hf_parcor.overriding import gradients_set_aside
 from hf_parcor.prefix.consumers import Place, Unkept
 from hf_parcor.prefix.cut import PrefixError
 from hf_parcor.prefix.plan import (
@@ -63,7 +64,6 @@ def find_rows(
     if count == examples:
         raise PrefixError(f"the part of the first batch is all of it ({examples} examples), which shows no rows")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    before = {name: parameter.grad for name, parameter in trained.items()}
     precisions: set[torch.dtype] = set()
     prefix.rows = {}
 
@@ -105,7 +105,7 @@ def find_rows(
         ]
 
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), gradients_set_aside(trained.values()):
             with evaluation_mode(model):
                 whole, part = kept(run_whole), kept(run_part)
                 if whole.keys() != part.keys():
@@ -142,8 +142,6 @@ def find_rows(
         raise
     finally:
         prefix.forget()
-        for name, parameter in trained.items():
-            parameter.grad = before[name]
 
 
 def _check(off: float, limit: float, what: str) -> None:

@@ -295,7 +295,7 @@ class _LoopPasses(Passes):
         loss_fn: Callable[..., Tensor],
         batch: Any,
     ) -> None:
-        super().__init__(accelerator, defense, model, accelerator._models)
+        super().__init__(accelerator, defense, model, [one for one in accelerator._models if one is not model])
         self._loss_fn = loss_fn
         self._as_given = private_copy(batch)
 

@@ -126,7 +126,7 @@ class Passes(ABC):
         Returns:
             Whether any moved.
         """
-        if not any(module._buffers for module in self.moving):
+        if all(buffer is None for module in self.moving for buffer in module._buffers.values()):
             return False
         with self._buffers.moving(), random_states_kept(devices_of(self.model)):
             self._run_forward()

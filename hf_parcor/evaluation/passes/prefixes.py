@@ -108,8 +108,10 @@ class PrefixSearch:
         """Return what does not depend on a group when a batch is measured, a generation say; all processes ask."""
         if index in self._together and index not in self._of_measurements:
             some = self._together[index]
-            with undone(self._model):
-                found = self._seek_of_measurements(some) if self._pays(some) else {}
+            found = {}
+            if self._pays(some):
+                with undone(self._model):
+                    found = self._seek_of_measurements(some)
             # What is measured together must be the same everywhere, also where a rounding decides.
             agreed = set.intersection(*self._processes.gather(set(found)))
             self._of_measurements |= {one: found[one] if one in agreed else None for one in some}
