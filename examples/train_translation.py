@@ -344,9 +344,14 @@ def check_average(count: int | None, training: Seq2SeqParameterDefenseTrainingAr
     Raises:
         ValueError: There will not be as many, or others would be taken for them.
     """
-    if count is None or not training.do_train:
+    if count is None:
         return
     check_count("average_checkpoints", count)
+    if not training.do_train:
+        raise ValueError(
+            "average_checkpoints: expected --do_train, after which checkpoints are averaged, got none; pass it, with "
+            "--resume_from_checkpoint true for the checkpoints of a training that has ended"
+        )
     if training.save_strategy == "no":
         raise ValueError(
             "average_checkpoints: expected checkpoints, got --save_strategy no; pass --save_strategy epoch, or steps"

@@ -298,6 +298,10 @@ def with_a_checkpoint(folder: Path) -> dict[str, object]:
         (lambda folder: {"max_eval_samples": 0}, "max_eval_samples: expected a whole number >= 1, got 0"),
         (lambda folder: {"average_checkpoints": 0}, "average_checkpoints: expected a whole number >= 1, got 0"),
         (
+            lambda folder: {"average_checkpoints": 2, "do_train": False, "do_eval": True},
+            "average_checkpoints: expected --do_train, after which checkpoints are averaged, got none",
+        ),
+        (
             lambda folder: {"average_checkpoints": 2, "save_strategy": "no"},
             "average_checkpoints: expected checkpoints, got --save_strategy no",
         ),
