@@ -365,17 +365,20 @@ def _ranked(
     p_values = _beyond_the_others(repeated)
     ratio, median = fragility(drops)[top], others_median(drops, top)
     limit = negligible(clean)
-    size = (
-        f"With {top} corrupted, {study.metric} {_moved(study, numbers, drops[top])} {_over(names)}; with the others, "
-        f"at the median, it {_moved(study, numbers, median)}."
-    )
+    as_far = [group for group, drop in drops.items() if math.isclose(drop, drops[top])]
+    also_with = f", as with {_listed([group for group in as_far if group != top])}" if len(as_far) > 1 else ""
+    moved = f"{study.metric} {_moved(study, numbers, drops[top])} {_over(names)}"
+    at_median = f"with the others, at the median, it {_moved(study, numbers, median)}"
+    size = f"With {top} corrupted{also_with}, {moved}; {at_median}."
     if drops[top] <= limit:
         return Finding(
             f"no group{which} makes {study.metric} worse by more than 1 % {_over(names)}, though one does at one of "
             "these.",
             size,
         )
-    weakest = f"{top} is the weakest{which}"
+    if len(as_far) == len(drops):
+        return Finding(f"no group{which} is weaker than another: with any one corrupted, {moved}.")
+    weakest = f"{_listed(as_far)} {'are' if len(as_far) > 1 else 'is'} the weakest{which}"
     if top not in p_values and ratio < STANDS_OUT:
         rounded = math.floor(10 * ratio) / 10  # never up to what would stand out
         rule = f"measured once, a group stands out from {STANDS_OUT:g} times on"

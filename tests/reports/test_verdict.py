@@ -90,6 +90,18 @@ ONCE = {
         ["c is the weakest, 1.2 times as fragile as the median of the others;", "from 2 times on", "With c corrupted"],
         ["Trainer"],
     ),
+    "all the same": (
+        {"a": (0.5, 0.5), "b": (0.5, 0.5), "c": (0.4, 0.6)},
+        {},
+        ["no group is weaker than another: with any one corrupted, accuracy falls by 40.0 points on average over ε=1"],
+        ["Trainer", "weakest", "times"],
+    ),
+    "two of the weakest": (
+        {"a": (0.7, 0.5), "b": (0.6, 0.4), "c": (0.5, 0.5)},
+        {},
+        ["b, c are the weakest, 1.1 times as", "With b corrupted, as with c, accuracy falls by 40.0 points"],
+        ["Trainer", "is the weakest"],
+    ),
     "nothing lost": (
         {"a": (0.9, 0.9), "b": (0.895, 0.9), "c": (0.9, 0.892)},
         {},
@@ -280,9 +292,12 @@ class TestDirection:
         others = statistics.median(drop for name, drop in drops.items() if name != top)
         limit = 0.01 * CLEAN
         assert ("none is fragile" in text) == all(CLEAN - value <= limit for pair in groups for value in pair)
+        same = [name for name, drop in drops.items() if drop == drops[top]]
         if "fragile as" in text or "the most fragile" in text:
-            assert f"{top} is" in text
+            assert f"{top} is" in text or f"{', '.join(same)} are" in text
+            assert (f"as with {', '.join(same[1:])}, score" in text) == (len(same) > 1)
             assert drops[top] > limit
+        assert ("no group is weaker" in text) == (len(same) == len(drops) and drops[top] > limit)
         assert ("Trainer" in text) <= (drops[top] > limit)
         if "next to nothing" in text:
             assert abs(others) <= limit
