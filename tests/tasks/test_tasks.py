@@ -35,7 +35,7 @@ from local_models import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption
+from hf_parcor import BitFlips, CorruptionConstraint, CorruptionEvaluator, GaussianNoise, GradientCorruption
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import LanguageModelMetric
 from hf_parcor.evaluation.embeddings import embedding_loss
@@ -498,6 +498,25 @@ def test_a_model_in_half_precision(name, tmp_path):
     evaluator = CorruptionEvaluator(processed.model, metric, batches, **loss, progress=False)
     record = evaluator.evaluate([GradientCorruption(CorruptionConstraint(epsilon=1.0))])
     assert record.corruptions[0].changed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_a_model_that_is_destroyed(name, tmp_path):
+    """Its NaN is measured, and said: losses and searches of Transformers that refuse it do not end a sweep."""
+    pytest.importorskip("PIL")
+    task, (save, write, file) = TASKS[name], SAVED[name]
+    rows, folder = load_rows(write(tmp_path / file)), save(tmp_path / "model")
+    processed = Processed(task.load_model(folder).eval(), task.load_processor(folder))
+    task.prepare(processed)
+    batches = task.batches(task.examples(rows, task.find_columns(rows, {}), processed), processed, 2)
+    evaluator = CorruptionEvaluator(processed.model, task.metric(task.metrics[0], processed, batches), progress=False)
+    record = evaluator.evaluate([BitFlips(rate=0.3), GaussianNoise(0.0)])
+    destroyed, as_it_was = record.corruptions
+    assert any(destroyed.not_finite) or math.isnan(destroyed.mean("loss"))
+    assert {metric: values[-1] for metric, values in as_it_was.metrics.items()} == {
+        metric: values[0] for metric, values in record.clean.metrics.items()
+    }
 
 
 ASKED = {
