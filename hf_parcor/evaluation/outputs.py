@@ -139,7 +139,8 @@ def called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Return what a model returns for a batch, without the labels where its `forward` has no place for them.
 
     Accelerate tells the model of no other process: each is at another batch, or has none. Detectors of Transformers
-    would divide their loss by the mean number of boxes over all processes, and wait for them.
+    would divide their loss by the mean number of boxes over all processes, and wait for them. Of a model that a
+    corruption destroyed they refuse the boxes that are NaN; the loss is NaN then, as everywhere else.
 
     Examples:
         >>> called(nn.Linear(2, 1), {"input": torch.ones(3, 2), "labels": torch.zeros(3)}).shape
@@ -151,9 +152,24 @@ def called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
             batch = {name: value for name, value in batch.items() if name != "labels"}
     state: dict[str, Any] = PartialState._shared_state
     if state.get("num_processes", 1) == 1:
-        return model(**batch)
+        return _with_a_loss(model, batch)
     with overriding(PartialState(), num_processes=1, distributed_type=DistributedType.NO):
+        return _with_a_loss(model, batch)
+
+
+def _with_a_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    try:
         return model(**batch)
+    except ValueError:
+        if "labels" not in batch:
+            raise
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+        tensors = [value for value in output.values() if isinstance(value, Tensor)] if isinstance(output, dict) else []
+        destroyed = next((value for value in tensors if value.isnan().any()), None)
+        if destroyed is None:
+            raise
+        output["loss"] = destroyed.sum()  # NaN, as is its gradient
+        return output
 
 
 def usual_loss(problem: Problem, logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:

@@ -35,7 +35,14 @@ from local_models import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_parcor import BitFlips, CorruptionConstraint, CorruptionEvaluator, GaussianNoise, GradientCorruption
+from hf_parcor import (
+    BitFlips,
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GaussianNoise,
+    GradientCorruption,
+    WorstBitFlips,
+)
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import LanguageModelMetric
 from hf_parcor.evaluation.embeddings import embedding_loss
@@ -510,9 +517,11 @@ def test_a_model_that_is_destroyed(name, tmp_path):
     processed = Processed(task.load_model(folder).eval(), task.load_processor(folder))
     task.prepare(processed)
     batches = task.batches(task.examples(rows, task.find_columns(rows, {}), processed), processed, 2)
-    evaluator = CorruptionEvaluator(processed.model, task.metric(task.metrics[0], processed, batches), progress=False)
-    record = evaluator.evaluate([BitFlips(rate=0.3), GaussianNoise(0.0)])
-    destroyed, as_it_was = record.corruptions
+    metric = task.metric(task.metrics[0], processed, batches)
+    loss = {"loss": embedding_loss} if name == "sentence-similarity" else {}
+    evaluator = CorruptionEvaluator(processed.model, metric, batches, **loss, progress=False)
+    record = evaluator.evaluate([BitFlips(rate=0.3), WorstBitFlips(count=2), GaussianNoise(0.0)])
+    destroyed, _, as_it_was = record.corruptions
     assert any(destroyed.not_finite) or math.isnan(destroyed.mean("loss"))
     assert {metric: values[-1] for metric, values in as_it_was.metrics.items()} == {
         metric: values[0] for metric, values in record.clean.metrics.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
@@ -158,7 +157,7 @@ class DetectionMetric(OverBatches):
     """Average precision of a detector's boxes, and its mean loss over images.
 
     `map`, `map_50`, `map_75` and `mar_100` are COCO's (see `average_precision`), and `loss` is the model's own, in
-    evaluation mode, or NaN where that refuses boxes that are not finite. A box is dropped if it or its score is not
+    evaluation mode, or NaN where that refuses boxes that are NaN. A box is dropped if it or its score is not
     finite, or if its score is 0. If the output has `pred_boxes`, the share of queries whose box or logits are not
     finite is `predictions_not_finite`, if there are any; a logit of −∞ is allowed, because it rules a class out.
 
@@ -198,19 +197,11 @@ class DetectionMetric(OverBatches):
         """
         labels = targets_of(batch)
         sizes = [_size(target, batch["pixel_values"], index) for index, target in enumerate(labels)]
-        own = own_batch(batch, model)
-        try:
-            output = called(model, own)
-            loss = Output.read(output).own_loss()
-        except ValueError:  # losses of Transformers refuse boxes that are NaN
-            output = called(model, {name: value for name, value in own.items() if name != "labels"})
-            if not _queries(output)["not_finite"]:
-                raise
-            loss = math.nan
+        output = called(model, own_batch(batch, model))
         return {
             "found": [_finite(image) for image in self._post_process(output, sizes)],
             "there": [_there(target, size) for target, size in zip(labels, sizes, strict=True)],
-            "loss": loss * len(labels),
+            "loss": Output.read(output).own_loss() * len(labels),
             "images": len(labels),
             **_queries(output),
         }
