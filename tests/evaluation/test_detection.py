@@ -11,7 +11,7 @@ import transformers
 from for_each import for_each
 from torch import nn
 
-from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption
+from hf_parcor import BitFlips, CorruptionConstraint, CorruptionEvaluator, GradientCorruption, RobustnessCallback
 from hf_parcor.evaluation import DetectionMetric
 from hf_parcor.evaluation.metrics import detection
 from hf_parcor.evaluation.metrics.detection import average_precision, most_likely_boxes
@@ -239,11 +239,7 @@ class TestMetric:
         assert measured == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_detector_of_transformers_is_read_as_its_image_processor_does():
-    pytest.importorskip("PIL")
-    from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
-
+def yolos():
     config = transformers.YolosConfig(
         hidden_size=8,
         num_hidden_layers=1,
@@ -254,7 +250,50 @@ def test_a_detector_of_transformers_is_read_as_its_image_processor_does():
         num_detection_tokens=5,
         num_labels=CLASSES,
     )
-    model = transformers.YolosForObjectDetection(config).eval()
+    return transformers.YolosForObjectDetection(config).eval()
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_a_corruption_destroys_the_detector(tmp_path):
+    """Its loss refuses boxes that are NaN; what `compute_metrics` reads stands where it always does."""
+    target = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": target} for _ in range(4)]
+
+    def collate(batch):
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in batch]),
+            "labels": [row["labels"] for row in batch],
+        }
+
+    def compute_metrics(found):
+        (_, logits, boxes, *_), *_ = found.predictions
+        return {"classes": logits.shape[-1], "sides": boxes.shape[-1], "nan": float(np.isnan(boxes).any())}
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        **{"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
+        **{"remove_unused_columns": False, "eval_do_concat_batches": False, "disable_tqdm": True, "report_to": "none"},
+        use_cpu=True,
+    )
+    trainer = transformers.Trainer(
+        yolos(), arguments, collate, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_metrics
+    )
+    trainer.add_callback(RobustnessCallback(trainer, {"flips": BitFlips(rate=0.3)}, trials=1))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    metrics = trainer.evaluate()
+    for name, value in {"classes": CLASSES + 1, "sides": 4}.items():
+        assert metrics[f"eval_{name}"] == metrics[f"eval_robustness_flips_{name}"] == value
+    assert (metrics["eval_nan"], metrics["eval_robustness_flips_nan"]) == (0, 1)
+    assert np.isnan(metrics["eval_robustness_flips_loss"])
+
+
+@pytest.mark.slow
+def test_a_detector_of_transformers_is_read_as_its_image_processor_does():
+    pytest.importorskip("PIL")
+    from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
+
+    model = yolos()
     output = model(torch.randn(2, 3, 16, 16))
     sizes = [(30, 40), (20, 10)]
     theirs = DetrImageProcessorPil().post_process_object_detection(output, threshold=0.0, target_sizes=sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
+from hf_parcor.evaluation.outputs import of_destroyed_detector
 from hf_parcor.evaluation.placement.replicas import measurable_model
 from hf_parcor.model_state import card_notes_kept
 from hf_parcor.overriding import overriding
@@ -108,6 +109,7 @@ class TrainerMetric:
             )
         with (
             _in_silence(trainer, model),
+            overriding(trainer, compute_loss=_or_nan(trainer.compute_loss)),
             random_states_kept([trainer.args.device]),
             generator_kept(trainer.data_collator),
         ):
@@ -155,6 +157,21 @@ def _is_of(best: str, name: str) -> bool:
 def _items(data: Any) -> Iterable[Any]:
     """Return what is in a data set, which need not be iterable by itself."""
     return data if hasattr(data, "__iter__") else (data[index] for index in range(len(data)))
+
+
+def _or_nan(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a Trainer's loss that is NaN where a detector that a corruption destroyed refuses to compute it."""
+
+    def compute(model: nn.Module, inputs: Any, return_outputs: bool = False, **settings: Any) -> Any:
+        try:
+            return compute_loss(model, inputs, return_outputs=return_outputs, **settings)
+        except ValueError:
+            output = of_destroyed_detector(model, inputs)
+            if output is None:
+                raise
+            return (output.loss, output) if return_outputs else output.loss
+
+    return compute
 
 
 @contextmanager
