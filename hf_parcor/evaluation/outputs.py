@@ -11,7 +11,6 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from hf_parcor.batches import IGNORED_LABEL, private_copy
 from hf_parcor.distributed.fsdp import as_written
@@ -162,21 +161,14 @@ def _with_a_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     try:
         return model(**batch)
     except ValueError:
-        output = of_destroyed_detector(model, batch)
-        if output is None:
+        if not isinstance(batch.get("labels"), (list, tuple)):  # of objects, one entry an image
             raise
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+        boxes = getattr(output, "pred_boxes", None)
+        if not isinstance(boxes, Tensor) or not boxes.isnan().any():
+            raise
+        output["loss"] = boxes.sum()  # its gradient is NaN, too
         return output
-
-
-def of_destroyed_detector(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Return what a detector returns without labels and a loss of NaN; None if no box is NaN, or it is no detector."""
-    if not isinstance(batch.get("labels"), list):  # of objects, one entry an image
-        return None
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
-    boxes = getattr(output, "pred_boxes", None)
-    if not isinstance(boxes, Tensor) or not boxes.isnan().any() or not isinstance(output, ModelOutput):
-        return None
-    return type(output)(loss=boxes.sum(), loss_dict={}, **output)  # the gradient is NaN, too
 
 
 def usual_loss(problem: Problem, logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:

@@ -252,6 +252,20 @@ class TestNumbers:
         assert math.isnan(metrics["eval_robustness_a_f1_of_rare"])
         assert math.isnan(metrics["eval_robustness_f1_of_rare"])
 
+    def test_what_a_metric_refuses_of_a_corrupted_model_is_unknown(self, trainer, caplog):
+        compute = trainer.compute_metrics
+
+        def refuse_nan(predictions):
+            if np.isnan(predictions.predictions).any():
+                raise ValueError("Input contains NaN.")
+            return compute(predictions)
+
+        trainer.compute_metrics = refuse_nan
+        metrics = trainer.evaluate_robustness({"broken": GaussianNoise(1e30), "same": GaussianNoise(0.0)}, trials=1)
+        assert math.isnan(metrics["eval_robustness_broken_accuracy"])
+        assert metrics["eval_robustness_same_accuracy"] == metrics["eval_accuracy"]
+        assert "did not with other weights (Input contains NaN.)" in caplog.text
+
     def test_the_records_are_those_of_the_last_call(self, trainer):
         for prefix in ("eval", "test"):
             trainer.evaluate_robustness([BITS], metric_key_prefix=prefix)
