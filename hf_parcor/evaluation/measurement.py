@@ -223,6 +223,7 @@ class Measurement:
         self._model, self._metric, self._given, self._loss = model, metric, batches, loss
         self._batches: RepeatedBatches | None = None
         self._memory = memory
+        self._clean: tuple[str, ...] = ()  # what the metric finds without corruption, by name
         self._processes = MeasuringProcesses.launched(in_step=sharded)
         self._progress = progress and self._processes.index == 0
 
@@ -284,8 +285,10 @@ class Measurement:
             left = [number for number in plan.draws if number not in found]
             limit = len(left) if checkpoint is None else BETWEEN_WRITES
             ready = self._ready(list(groups.values()), corruptions if left else (), plan, left, limit)
+            self._clean = ()
             if 0 not in found:  # after the groups, whose making refuses data that will not do
                 found |= _kept(path, {0: Trial.of(seed, self._metrics() if clean is None else checked_metrics(clean))})
+            self._clean = tuple(found[0].metrics)
             draws = (plan.draws[number] for number in left)
             jobs = [Job(ready[group], corruption, own_seed) for group, corruption, own_seed in draws]
             numbers = iter(left)
@@ -447,9 +450,20 @@ class Measurement:
         return [Trial.of(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
 
     def _metrics(self) -> Mapping[str, object]:
+        """Return what the metric finds; NaN where a function refuses what a corrupted model returns.
+
+        Several processes stop there: others may wait for this one.
+        """
         # A metric may leave the model in training mode.
         with evaluation_mode(self._model), self._buffers.undone(), random_states_kept(devices_of(self._model)):
-            return measure(self._model, self._metric, self._processes)
+            try:
+                return measure(self._model, self._metric, self._processes)
+            except (ValueError, ArithmeticError) as error:
+                if not self._clean or self._processes.count > 1 or isinstance(self._metric, BatchMetric):
+                    raise
+                said = str(error).partition("\n")[0]
+                logger.warning(f"metric: failed, and did not without corruption, so all it finds is NaN: {said}")
+                return dict.fromkeys(self._clean, math.nan)
 
 
 def _size(selection: _Parameters) -> int:

@@ -408,6 +408,27 @@ class TestMetricValues:
         messages = [entry.getMessage() for entry in caplog.records]
         assert messages == [f"Gaussian σ=0.1: {note}; it is kept in the record." for note in row.notes]
 
+    @pytest.mark.parametrize("error", [ValueError, ZeroDivisionError])
+    def test_what_a_function_refuses_of_a_corrupted_model_is_nan(self, evaluator_of, error, caplog):
+        calls = []
+
+        def metric(_):
+            calls.append(None)
+            if len(calls) == refused:
+                raise error("Input contains NaN.")
+            return {"fine": 0.5, "other": 0.25}
+
+        refused = 1
+        with pytest.raises(error, match="Input contains NaN"):
+            evaluator_of(metric).evaluate([Quantization(4), Quantization(3)])
+        calls, refused = [], 2
+        rows = evaluator_of(metric).evaluate([Quantization(4), Quantization(3)]).corruptions
+        assert [str(row.metrics) for row in rows] == [
+            "{'fine': (nan,), 'other': (nan,)}",
+            "{'fine': (0.5,), 'other': (0.25,)}",
+        ]
+        assert "without corruption, so all it finds is NaN: Input contains NaN." in caplog.text
+
     def test_infinity_is_kept_and_noted(self, evaluator_of):
         record = evaluator_of(lambda _: {"perplexity": math.inf}).evaluate([])
         assert record.clean.metrics == {"perplexity": (math.inf,)}

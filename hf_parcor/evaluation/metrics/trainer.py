@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -20,8 +18,6 @@ from hf_parcor.model_state import card_notes_kept
 from hf_parcor.overriding import overriding
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import MetricInfo, direction_by_name, stated_by
-
-logger = logging.getLogger(__name__)
 
 # What of a Trainer's arguments decides what an evaluation finds.
 _ARGUMENTS = (
@@ -60,7 +56,6 @@ class TrainerMetric:
 
     def __init__(self, trainer: Trainer, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> None:
         self._trainer, self._eval_dataset, self._prefix = trainer, eval_dataset, metric_key_prefix
-        self._names: tuple[str, ...] = ()  # of what was found before
 
     def info_of(self, name: str) -> MetricInfo | None:
         """Return what the Trainer's arguments, its `compute_metrics` or its `evaluator` state of a number, or None.
@@ -101,11 +96,8 @@ class TrainerMetric:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return `loss` and what `compute_metrics` returns.
 
-        Losses of detectors, and many metrics, refuse NaN, which a model that a corruption destroyed returns. So all
-        that was found before is NaN where an evaluation fails. Several processes stop: others may wait for this one.
-
         Raises:
-            ValueError: The model is not the Trainer's, or its evaluation returned no number, or failed at once.
+            ValueError: The model is not the Trainer's, or its evaluation returned no number.
         """
         trainer, prefix = self._trainer, f"{self._prefix}_"
         own = trainer.model
@@ -114,19 +106,12 @@ class TrainerMetric:
                 f"model: expected the one that the Trainer evaluates, got another {type(model).__name__}; "
                 "pass trainer.model to the evaluator"
             )
-        try:
-            with (
-                _in_silence(trainer, model),
-                random_states_kept([trainer.args.device]),
-                generator_kept(trainer.data_collator),
-            ):
-                found: dict[str, Any] = trainer.evaluate(self._eval_dataset, metric_key_prefix=self._prefix)
-        except (ValueError, ArithmeticError) as error:
-            if not self._names or trainer.args.world_size > 1:
-                raise
-            said = str(error).partition("\n")[0]
-            logger.warning(f"The evaluation failed, and did not with other weights ({said}): all it finds is NaN.")
-            return dict.fromkeys(self._names, math.nan)
+        with (
+            _in_silence(trainer, model),
+            random_states_kept([trainer.args.device]),
+            generator_kept(trainer.data_collator),
+        ):
+            found: dict[str, Any] = trainer.evaluate(self._eval_dataset, metric_key_prefix=self._prefix)
         metrics = {
             name.removeprefix(prefix): float(value)
             for name, value in found.items()
@@ -137,7 +122,6 @@ class TrainerMetric:
                 "eval_dataset: expected an evaluation that finds numbers, got none; put labels into the data set, or "
                 "give the Trainer compute_metrics="
             )
-        self._names = tuple(metrics)
         return metrics
 
 
