@@ -23,7 +23,7 @@ from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
 from hf_parcor.model_state import card_notes_kept
-from hf_parcor.overriding import gradients_set_aside, override
+from hf_parcor.overriding import gradients_set_aside, override, undo_at_end
 
 _LOST = "an autograd kernel was not registered"
 
@@ -423,11 +423,17 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
 def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let parameters have gradients inside the block, frozen ones too, and where a caller has turned gradients off."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    try:
+    with ExitStack() as block:
+        if torch.is_inference_mode_enabled():
+            block.enter_context(torch.inference_mode(False))
+        undo_at_end(block, torch.set_grad_enabled, torch.is_grad_enabled())
+        torch.set_grad_enabled(True)
+        undo_at_end(block, _freeze, frozen)
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        yield
+
+
+def _freeze(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
