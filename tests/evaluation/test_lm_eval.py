@@ -109,6 +109,16 @@ def by_hand(model, tokenizer, rows=ROWS):
     return {"films/acc": sum(right) / len(rows), "films/acc_norm": sum(right_by_length) / len(rows)}
 
 
+def matthews(right, answers):
+    """Return the correlation of two lists of classes, by the covariances of their indicators."""
+
+    def covariance(one, other):
+        first, second = (torch.nn.functional.one_hot(torch.tensor(classes), 3).double() for classes in (one, other))
+        return float(((first - first.mean(0)) * (second - second.mean(0))).sum())
+
+    return covariance(right, answers) / math.sqrt(covariance(right, right) * covariance(answers, answers))
+
+
 @pytest.mark.slow  # importing lm-eval takes seconds
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 class TestOwnTask:
@@ -151,6 +161,18 @@ class TestOwnTask:
         # lm-eval by itself takes the first choice, which is right in three of eight.
         assert found == {"films/acc": 0.0, "films/acc_norm": 0.0, "predictions_not_finite": 1.0}
         assert "process_results" not in vars(metric._tasks["films"])
+
+    def test_it_is_where_a_number_is_made_of_all_choices(self, model, metric_of, films):
+        """F1 and Matthews' correlation get pairs of choices, of which lm-eval makes the first one the answer."""
+        task = json.loads((films / "films.yaml").read_text())
+        entry = {"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}
+        metric = metric_of({**task, "metric_list": [entry]})
+        with torch.no_grad():
+            model.transformer.ln_f.weight.fill_(math.nan)
+        found = metric(model)
+        right = [row["gold"] for row in ROWS]
+        assert found["films/mcc"] == pytest.approx(matthews(right, [int(gold == 0) for gold in right]))
+        assert found["films/mcc"] < -0.3
 
     def test_limits_examples_and_random_numbers(self, model, tokenizer, metric_of):
         state, python = torch.get_rng_state(), random.getstate()

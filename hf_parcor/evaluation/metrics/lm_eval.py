@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -237,10 +237,17 @@ class _Guard:
         if finite and (not values or max(values) > -math.inf):
             return found
         self.lost += 1
-        return {
-            metric: 0.0 if isinstance(value, Real) and self._better.get(metric) else value
-            for metric, value in found.items()
-        }
+        return {metric: _wrong(value) if self._better.get(metric) else value for metric, value in found.items()}
+
+
+def _wrong(value: Any) -> Any:
+    """Return what a document adds to a number of which much is good, if its answer is wrong.
+
+    That is 0; or, as F1 and Matthews' correlation need them, the right choice and another.
+    """
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(choice, Integral) for choice in value):
+        return value[0], int(not value[0])
+    return 0.0 if isinstance(value, Real) else value
 
 
 @contextmanager
