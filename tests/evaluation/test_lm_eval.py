@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -183,6 +184,26 @@ class TestOwnTask:
         assert torch.equal(state, torch.get_rng_state())
         assert python == random.getstate()
         assert tokenizer.pad_token == "[PAD]"
+
+    def test_examples_in_a_chat_are_those_of_lm_eval(self, model, tokenizer, metric_of, films):
+        """The command of lm-eval and `simple_evaluate` make a turn of each example, and `evaluate` puts all in one."""
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ 'the ' if m['role'] == 'user' else 'plot ' }}{{ m['content'] }} {% endfor %}"
+        )
+        settings = {"num_fewshot": 1, "apply_chat_template": True}
+        theirs = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer)),
+            tasks=["films"],
+            task_manager=lm_eval.tasks.TaskManager(include_path=str(films), include_defaults=False),
+            bootstrap_iters=0,
+            **settings,
+        )["results"]["films"]
+        found = metric_of(**settings)(model)
+        assert found == {f"films/{name}": theirs[f"{name},none"] for name in ("acc", "acc_norm")}
+        assert found != metric_of(**settings, fewshot_as_multiturn=False)(model)
 
     def test_on_the_command_line(self, model, tokenizer, films, tmp_path):
         model.save_pretrained(tmp_path / "model")

@@ -102,6 +102,8 @@ class LmEvalMetric:
         self._limit = limit if limit is None or limit < 1 else int(limit)  # 5.0 is 5 for lm-eval, and in records
         self._batch_size, self._primary, self._progress = batch_size, primary_metric, progress
         self._model_settings = dict(model_settings or {})
+        if settings.get("apply_chat_template"):  # as `simple_evaluate` and the command of lm-eval do, not `evaluate`
+            settings.setdefault("fewshot_as_multiturn", True)
         self._settings = settings
 
     @property
