@@ -87,13 +87,17 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads() -> Iterator[None]:
-    """Let no test leave PyTorch with more threads: two workers with two each made all later tests ten times slower."""
-    threads = torch.get_num_threads()
+def as_it_was() -> Iterator[None]:
+    """Let no test leave PyTorch another for those after it.
+
+    With two threads in each of two workers all later tests took ten times longer; without gradients 398 failed.
+    """
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     yield
-    left = torch.get_num_threads()
+    left = torch.get_num_threads(), torch.is_grad_enabled()
     torch.set_num_threads(threads)
-    assert left == threads, f"the test began with {threads} threads and left {left}"
+    torch.set_grad_enabled(gradients)
+    assert left == (threads, gradients), f"the test began with {(threads, gradients)} and left {left}"
 
 
 @pytest.fixture
