@@ -51,6 +51,35 @@ hypothesis.settings.load_profile("any machine")
 
 torch.sparse.check_sparse_tensor_invariants.enable()  # PyTorch 2.11 warns where nobody has said whether
 
+
+def _share(said: str) -> tuple[int, int]:
+    first, _, every = said.partition("/")
+    if first.isdigit() and every.isdigit() and 1 <= int(first) <= int(every):
+        return int(first), int(every)
+    raise pytest.UsageError(f"--slow-share: expected K/N with 1 ≤ K ≤ N, got {said}; say 1/6")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `scripts/test.sh --share`."""
+    parser.addoption(
+        "--slow-share",
+        metavar="K/N",
+        type=_share,
+        default=(1, 1),
+        help="all fast tests; slow ones of every Nth file from the Kth",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out slow tests of files that are not in the share: whole files, for what a file sets up is set up once."""
+    first, every = config.getoption("--slow-share")
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    taken = set(sorted({item.path for item in slow})[first - 1 :: every])
+    left_out = {item for item in slow if item.path not in taken}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 Batch = dict[str, torch.Tensor]
 SIZES = (4, 4, 2)  # the last batch is smaller, as it is in most data sets
 # As they are before a test module that ranks read sets them to 0.
