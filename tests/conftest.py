@@ -56,7 +56,7 @@ def _share(said: str) -> tuple[int, int]:
     first, _, every = said.partition("/")
     if first.isdigit() and every.isdigit() and 1 <= int(first) <= int(every):
         return int(first), int(every)
-    raise pytest.UsageError(f"--slow-share: expected K/N with 1 ≤ K ≤ N, got {said}; say 1/6")
+    raise pytest.UsageError(f"--slow-share: expected K/N with 1 ≤ K ≤ N, got {said}; say 1/10")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
