@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -17,6 +19,7 @@ from hf_parcor.batches import IGNORED_LABEL, count_examples, count_labels
 from hf_parcor.distributed.fsdp import as_written, class_of
 from hf_parcor.evaluation.embeddings import embedding_loss, is_of_texts
 from hf_parcor.evaluation.outputs import Output, called, inside_adapters, problem_of, usual_loss
+from hf_parcor.overriding import counters_kept, overriding
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -58,8 +61,46 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return usual_loss(problem_of(model, output.logits, labels), output.logits, labels, shifted=shifts_labels(model))
 
 
+class TrainerLoss:
+    """The loss that a Trainer computes of a batch: with label smoothing, or by a function or a method of its own.
+
+    It is computed as in an evaluation by one process: the Trainer says how many items it is the mean over.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss; nothing of it is counted or logged."""
+        trainer, items = self._trainer, self._items(batch)
+        inputs = trainer._prepare_inputs(dict(batch))  # a copy: labels are popped
+        # Trainers average what they count until their next evaluation is logged, which this is no part of. Those of
+        # TRL gather it from all processes, of which some have a batch more than others.
+        own = overriding(trainer.accelerator, gather=_as_it_is, gather_for_metrics=_as_it_is)
+        with counters_kept(trainer), own, self._alone(), trainer.compute_loss_context_manager():
+            return torch.as_tensor(trainer.compute_loss(model, inputs, num_items_in_batch=items))
+
+    def count_items(self, batch: Batch) -> int:
+        """Return how many items the loss is the mean over; where the Trainer does not say, as the function does."""
+        items = self._items(batch)
+        return count_items(batch) if items is None else int(items)
+
+    def _items(self, batch: Batch) -> Tensor | int | None:
+        with self._alone():
+            return self._trainer._get_num_items_in_batch([batch], self._trainer.args.device)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return overriding(self._trainer.args, average_tokens_across_devices=False, _n_gpu=1)
+
+
+def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
 def item_counter(model: nn.Module, loss: Loss) -> Callable[[Batch], int]:
     """Return the function that counts how many items of a batch a mean loss is over."""
+    if isinstance(loss, TrainerLoss):
+        return loss.count_items
     own = loss is model_loss
     shifted = own and shifts_labels(model) and not _vectors_of_prompt(model)  # the last of these predicts the first
     return partial(count_items, shifted=shifted, of_rows=own and is_ctc(model))

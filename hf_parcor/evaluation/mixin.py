@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
 from hf_parcor.arguments import check_count
@@ -20,11 +19,10 @@ from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator, several
 from hf_parcor.evaluation.identity.repeated_batches import drawn_once
-from hf_parcor.evaluation.losses import model_loss
+from hf_parcor.evaluation.losses import TrainerLoss, model_loss
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric, evaluated_data
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.model_state import BufferSnapshot
-from hf_parcor.overriding import counters_kept, overriding
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.curves import plain_name
 from hf_parcor.records.data import evaluation_data_of
@@ -168,24 +166,10 @@ def _buffers_of_first_process(trainer: Trainer, model: nn.Module) -> Iterator[No
 
 
 def _loss_of(trainer: Trainer) -> Any:
-    """Return the model's own loss where the Trainer takes that, since labels are then counted as the model does."""
+    """Return the model's own loss where the Trainer takes that."""
     stock = type(trainer).compute_loss is Trainer.compute_loss
-    if stock and trainer.label_smoother is None and trainer.compute_loss_func is None:
-        return model_loss
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        inputs = trainer._prepare_inputs(dict(batch))  # a copy: labels are popped
-        # Trainers average what they count until their next evaluation is logged, which this is no part of. Those of
-        # TRL gather it from all processes, of which some have a batch more than others.
-        own = overriding(trainer.accelerator, gather=_as_it_is, gather_for_metrics=_as_it_is)
-        with counters_kept(trainer), own, trainer.compute_loss_context_manager():
-            return torch.as_tensor(trainer.compute_loss(model, inputs))
-
-    return loss
-
-
-def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
-    return value
+    own = stock and trainer.label_smoother is None and trainer.compute_loss_func is None
+    return model_loss if own else TrainerLoss(trainer)
 
 
 Corruptions = Corruption | Sequence[Corruption] | Mapping[str, Corruption]

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from trainings import QUIET
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
@@ -40,11 +42,13 @@ from hf_parcor import (
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import (
     DEFAULT_CORRUPTIONS,
+    DatasetGradients,
     RobustnessArguments,
     RobustnessMixin,
     TrainerMetric,
     measure_robustness,
 )
+from hf_parcor.evaluation.losses import TrainerLoss
 
 NOISE, BITS = GaussianNoise(0.2), Quantization(2)
 NAMES = ("gaussian_sigma_0.2", "2_bit_quantization")
@@ -147,7 +151,7 @@ class TestNumbers:
         assert found[0] > 0
         assert found[1] > 0, "the loss that the Trainer reports is turned round, too"
 
-    @for_each("kind", ["smoothed", "overridden"])
+    @for_each("kind", ["smoothed", "overridden", "divided"])
     def test_the_gradient_is_that_of_what_the_trainer_computes(self, make, rows, kind):
         """To first order the loss rises by ε times the norm of its own gradient."""
 
@@ -169,7 +173,11 @@ class TestNumbers:
         def spread(logits):
             return -logits.log_softmax(-1).mean()
 
-        trainer = make(RobustTrainer, label_smoothing_factor=1.0) if kind == "smoothed" else make(Overridden)
+        def divided(output, labels, num_items_in_batch):
+            return spread(output.logits) * len(labels) / num_items_in_batch
+
+        settings = {"smoothed": {"label_smoothing_factor": 1.0}, "divided": {"compute_loss_func": divided}}
+        trainer = make(Overridden if kind == "overridden" else RobustTrainer, **settings.get(kind, {}))
         epsilon, model = 1e-3, trainer.model.eval()
         loss = spread(model(torch.stack([row["input_ids"] for row in rows])).logits)
         norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
@@ -177,6 +185,23 @@ class TestNumbers:
         assert record.corruptions[0].mean("loss") - record.clean.mean("loss") == pytest.approx(
             epsilon * norm, rel=0.02
         )
+
+    def test_each_batch_counts_by_what_its_loss_is_divided_by(self, make):
+        """Smoothed labels of the next token, of which batches have more or fewer, are as one loss of all of them."""
+        model = GPT2LMHeadModel(GPT2Config(**tiny.gpt2(), **tiny.STILL_GPT2)).double().eval()
+        tokens = torch.randint(1, 20, (6, 8), generator=torch.Generator().manual_seed(0))
+        labels = tokens.masked_fill(torch.arange(8) > torch.tensor([[1], [2], [1], [7], [6], [7]]), -100)
+        trainer = make(RobustTrainer, trained=model, label_smoothing_factor=0.2)
+        batches = [
+            {"input_ids": one, "labels": those} for one, those in zip(tokens.split(3), labels.split(3), strict=True)
+        ]
+        parameters = dict(model.named_parameters())
+        found = DatasetGradients(model, parameters, batches, TrainerLoss(trainer)).over_data()
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.2)
+        expected = torch.autograd.grad(loss, list(parameters.values()))
+        directions = [torch.cat([part.flatten() for part in one]) for one in (found.values(), expected)]
+        assert nn.functional.cosine_similarity(*directions, dim=0).item() == pytest.approx(1.0, abs=1e-12)
 
     def test_gradients_of_other_data_than_what_is_evaluated(self, make, rows):
         """Two data sets whose worst directions differ, against ten lines; the record says so, where it matters."""
