@@ -125,6 +125,12 @@ class TestKinds:
         [
             ({"num_labels": 3}, torch.rand(10, 3), "a 0 or 1 for each label of a row, got other numbers"),
             ({"num_labels": 1}, torch.full((10,), -100), "got -100, which stands for none"),
+            ({"num_labels": 1}, torch.tensor([1.0] * 9 + [torch.nan]), "got nan, which stands for none"),
+            (
+                {"num_labels": 2, "problem_type": "regression"},
+                torch.tensor([[1.0, torch.inf]] * 10),
+                "got inf, which stands for none",
+            ),
         ],
     )
     def test_labels_of_another_kind(self, tiny_bert, inputs, settings, labels, said):

@@ -134,10 +134,11 @@ def _f1_and_exact_match(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _of_numbers(output: Output, logits: Tensor, labels: Tensor) -> dict[str, Any]:
     labels = aligned(labels, logits, "a number for each output")
-    if not labels.is_floating_point() and bool((labels == IGNORED_LABEL).any()):
+    missing = ~labels.isfinite() if labels.is_floating_point() else labels == IGNORED_LABEL
+    if bool(missing.any()):
         raise ValueError(
-            "labels: expected a number for each output of a regression, got -100, which stands for none; use a model "
-            "with num_labels of two or more for classes"
+            f"labels: expected a number for each output of a regression, got {labels[missing][0].item()}, which "
+            "stands for none; leave such rows out, or use a model with num_labels of two or more for classes"
         )
     width = logits.shape[-1] if logits.ndim > 1 else 1
     return {
