@@ -32,7 +32,8 @@ def make(rows, tmp_path, model):
     """Build a Trainer; keyword arguments that it does not take itself go to its arguments."""
 
     def build(kind: type[Trainer] = Trainer, *, trained=model, **options):
-        own = {name: options.pop(name) for name in ("callbacks", "defense", "compute_loss_func") if name in options}
+        parts = ("callbacks", "defense", "compute_loss_func", "compute_metrics")
+        own = {name: options.pop(name) for name in parts if name in options}
         defaults = {
             **QUIET,
             "output_dir": str(tmp_path / "out"),
@@ -43,6 +44,6 @@ def make(rows, tmp_path, model):
         }
         data = {"train_dataset": rows, "eval_dataset": options.pop("eval_dataset", rows)}
         arguments = TrainingArguments(**{**defaults, **options})
-        return kind(model=trained, args=arguments, compute_metrics=accuracy, **data, **own)
+        return kind(model=trained, args=arguments, **{"compute_metrics": accuracy, **own}, **data)
 
     return build

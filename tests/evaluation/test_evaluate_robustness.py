@@ -382,6 +382,12 @@ class TestTrainerMetric:
         assert trainer._memory_tracker is tracker
         assert any("_mem_" in name for name in trainer.evaluate())
 
+    def test_a_number_in_an_array_is_one(self, make):
+        found = {"numpy": np.float32(0.5), "array": np.array(0.5), "tensor": torch.tensor([0.5])}
+        trainer = make(compute_metrics=lambda prediction: {**found, "matrix": np.eye(2), "names": ["a"], "none": None})
+        metrics = TrainerMetric(trainer)(trainer.model)
+        assert {name: value for name, value in metrics.items() if name != "loss"} == dict.fromkeys(found, 0.5)
+
     def test_a_wrapper_of_the_model_is_the_model(self, trainer):
         wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
         nn.Module.__init__(wrapper)

@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
+from hf_parcor.evaluation.metrics.scores import without_shape
 from hf_parcor.evaluation.placement.replicas import measurable_model
 from hf_parcor.model_state import card_notes_kept
 from hf_parcor.overriding import overriding
@@ -112,10 +113,13 @@ class TrainerMetric:
             generator_kept(trainer.data_collator),
         ):
             found: dict[str, Any] = trainer.evaluate(self._eval_dataset, metric_key_prefix=self._prefix)
+        own_names = {
+            name.removeprefix(prefix): without_shape(value) for name, value in found.items() if name.startswith(prefix)
+        }
         metrics = {
-            name.removeprefix(prefix): float(value)
-            for name, value in found.items()
-            if name.startswith(prefix) and isinstance(value, Real) and not _tells_of_the_run(name.removeprefix(prefix))
+            name: float(value)
+            for name, value in own_names.items()
+            if isinstance(value, Real) and not _tells_of_the_run(name)
         }
         if not metrics:
             raise ValueError(
