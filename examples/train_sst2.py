@@ -31,6 +31,7 @@ from transformers import (
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
+from hf_parcor.evaluation.outputs import Problem
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.programs import (
     check_counts,
@@ -42,7 +43,7 @@ from hf_parcor.programs import (
 )
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import TASKS, Processed, Rows, read_file
-from hf_parcor.tasks.classification import class_numbers
+from hf_parcor.tasks.classification import class_numbers, problem_of_model
 from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def labelled_rows(split: str, rows: datasets.Dataset, data: DataArguments) -> Ro
 def new_head(rows: Rows, label_column: str) -> dict[str, Any]:
     """Return what a model that is to learn these classes gets."""
     head = TASK.head_settings([(rows, {"label": label_column})])
-    if "problem_type" in head:
+    if head["problem_type"] != Problem.CLASSES.value:
         raise ValueError(
             f"label_column_name: expected one class a row, got a {head['problem_type']} in {label_column!r}; name "
             "another column"
@@ -175,6 +176,12 @@ def main() -> None:
     learns = training.do_train and "train" in labelled
     head = new_head(labelled["train"], data.label_column_name) if learns else {}
     model = AutoModelForSequenceClassification.from_pretrained(model_arguments.model_name_or_path, **head, **origin)
+    problem = problem_of_model(model.config)
+    if problem is not Problem.CLASSES:
+        raise ValueError(
+            f"model_name_or_path: expected a classifier of one class a row, got one for {problem.value}; measure it "
+            "with hf-parcor evaluate"
+        )
     TASK.prepare(Processed(model, tokenizer))
     if model_arguments.lora_rank is not None:
         model = with_adapters(model, model_arguments.lora_rank)

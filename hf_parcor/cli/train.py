@@ -362,13 +362,16 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
         parts: The rows to train and to measure on, each with its columns: the head knows the classes of both.
     """
     from hf_parcor.cli.subject import origin_of
+    from hf_parcor.evaluation.outputs import Problem
     from hf_parcor.tasks import architectures_of
 
     origin = origin_of(arguments)
     has_head = task.has_head(architectures_of(arguments.model, **origin))
     settings = {} if has_head else task.head_settings(parts)
     if names := list(settings.get("id2label", {}).values()):  # a mistyped label is a class, too
-        several = ", of which a row may have any number" if "problem_type" in settings else ""
+        several = (
+            ", of which a row may have any number" if settings.get("problem_type") == Problem.LABELS.value else ""
+        )
         tell(f"the new head has {len(names):,} classes{several}: {', '.join(names[:20])}{', …' * (len(names) > 20)}")
     elif "problem_type" in settings:
         tell("the labels are numbers, some with fractions: the new head predicts one (regression)")

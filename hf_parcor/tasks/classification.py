@@ -222,7 +222,7 @@ class Classification(Task):
     of_words: ClassVar[bool] = False
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
-        """Return the classes that the data has; where labels are numbers with fractions, that it is a regression."""
+        """Return the classes that the data has, and how many a row; or of numbers with fractions a regression."""
         columns = [(rows, columns["label"]) for rows, columns in parts]
         problem = Problem.CLASSES if self.of_words else _problem_of_data(columns)
         if problem is Problem.NUMBERS:
@@ -235,7 +235,8 @@ class Classification(Task):
                 "another column, or other data"
             )
         numbers = {name: number for number, name in enumerate(names)}
-        said = {} if problem is Problem.CLASSES else {"problem_type": problem.value}
+        # Said for one class a row too: a model without its head remembers what that was for.
+        said = {"problem_type": problem.value}
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers, **said}
 
     def usual_metric(self, processed: Processed, batches: DataLoader[Any]) -> tuple[str, str]:

@@ -192,6 +192,10 @@ def test_a_finished_model_is_measured_by_its_own_numbers_of_the_classes(files, m
         ({"train_file": "held-back.tsv"}, "train: expected labels from 0 on, got -1"),
         ({"do_train": False, "do_eval": False}, "expected --do_train, --do_eval or both, got none"),
         ({"do_train": False, "do_eval": False, "do_predict": True}, "got --do_predict alone"),
+        (
+            {"do_train": False, "train_file": None, "model_name_or_path": "several"},
+            "model_name_or_path: expected a classifier of one class a row, got one for multi_label_classification",
+        ),
         ({"max_eval_samples": 0}, "max_eval_samples: expected a whole number >= 1, got 0"),
         ({"max_seq_length": 0}, "max_length: expected 1 token or more, got 0"),
     ],
@@ -206,6 +210,9 @@ def test_bad_input(files, monkeypatch, change, says):
         "numbers": [0.5, 2],
     }.items():
         Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"good\t{label}\n" for label in labels))
+    several = BertForSequenceClassification.from_pretrained("model", problem_type="multi_label_classification")
+    several.save_pretrained("several")
+    word_tokenizer(WORDS, pad_token="[PAD]").save_pretrained("several")
     with pytest.raises(ValueError, match=says):
         run_with(SCRIPT, {**settings(files), **change}, monkeypatch)
     assert not (files / "out" / "robustness.json").exists()

@@ -16,6 +16,7 @@ from hf_parcor.tasks import TASKS, Encoding, Processed, Rows
 
 TASK = TASKS["text-classification"]
 TEXTS = ["good film", "bad film", "a bad bad film", "good good"]
+ONE_CLASS = "single_label_classification"
 SEVERAL = {"problem_type": "multi_label_classification", "num_labels": 3}
 
 
@@ -126,23 +127,35 @@ def test_words_have_one_class_each(tmp_path):
 @for_each(
     ("labels", "problem", "count"),
     [
-        ([0, 1, 0, 2], None, 3),
-        (["0", "1.0"], None, 2),
+        ([0, 1, 0, 2], ONE_CLASS, 3),
+        (["0", "1.0"], ONE_CLASS, 2),
         ([0.5, 1, 2], "regression", 1),
         (["3.8", "5.0"], "regression", 1),
         ([[0.5], ["1"]], "regression", 1),
-        (["3.8", "good"], None, 2),
-        ([[0], [1]], None, 2),
+        (["3.8", "good"], ONE_CLASS, 2),
+        ([[0], [1]], ONE_CLASS, 2),
         ([[0], [1, 2]], "multi_label_classification", 3),
         ([["a"], []], "multi_label_classification", 1),
     ],
 )
 def test_what_a_new_head_is_made_for(labels, problem, count):
     settings = TASK.head_settings([(rows_of(labels), {"label": "label"})])
-    assert (settings.get("problem_type"), settings["num_labels"]) == (problem, count)
+    assert (settings["problem_type"], settings["num_labels"]) == (problem, count)
     assert ("id2label" in settings) is (problem != "regression")
     words = TASKS["token-classification"].head_settings([(rows_of([["a"], ["a", "b"]]), {"label": "label"})])
-    assert "problem_type" not in words
+    assert words["problem_type"] == ONE_CLASS
+
+
+@for_each("before", ["regression", "multi_label_classification"])
+def test_a_new_head_is_not_for_what_the_model_was_trained_before(before, tmp_path):
+    """A model that was saved without its head keeps what that was for."""
+    folder = save_bert(tmp_path, transformers.BertModel, problem_type=before, num_labels=1)
+    rows = rows_of(["a", "b", "a", "c"])
+    columns = TASK.find_columns(rows, {})
+    processed = Processed(
+        TASK.load_model(folder, **TASK.head_settings([(rows, columns)])), TASK.load_processor(folder)
+    )
+    assert [example["labels"] for example in TASK.examples(rows, columns, processed)] == [0, 1, 0, 2]
 
 
 def test_a_new_head_for_one_class_is_refused():
