@@ -112,7 +112,9 @@ class SpeechRecognition(Task):
         return processor
 
     def prepare(self, processed: Processed) -> None:
-        """Set the language that is spoken, if it is named; else a model of many finds it in each recording.
+        """Set the language that is spoken: what is named, or else what the model is told to generate.
+
+        Where neither is, a model of many languages finds one in each recording.
 
         The loss of a model for CTC ignores recordings that are too short for their texts.
 
@@ -130,7 +132,11 @@ class SpeechRecognition(Task):
                 )
             processed.model.config.ctc_zero_infinity = True  # a text of more letters than frames has no finite loss
         language, model, tokenizer = processed.encoding.source_language, processed.model, processed.processor.tokenizer
-        known = getattr(getattr(model, "generation_config", None), "lang_to_id", None)
+        told: Any = getattr(model, "generation_config", None)
+        task = "transcribe"
+        known = getattr(told, "lang_to_id", None)
+        if language is None and known and getattr(told, "language", None):  # as fine-tuned models are saved
+            language, task = told.language.strip("<|>"), getattr(told, "task", None) or task
         if language is None:
             if known and tokenizer.language is None:
                 logger.warning(
@@ -145,7 +151,7 @@ class SpeechRecognition(Task):
             )
         before = tokenizer.language, tokenizer.task
         try:
-            tokenizer.set_prefix_tokens(language=language, task="transcribe")
+            tokenizer.set_prefix_tokens(language=language, task=task)
             if known.keys().isdisjoint(tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens)):
                 raise ValueError(f"none of its {len(known)}")
         except ValueError as error:
@@ -156,7 +162,7 @@ class SpeechRecognition(Task):
                 f"source_language: expected a language of the model, such as {', '.join(codes[:6])}, got {language!r}"
                 f"{nearest(language, codes)}; name one"
             ) from error
-        model.generation_config.language, model.generation_config.task = language, "transcribe"
+        told.language, told.task = language, task
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return samples of each row, with the tokens of its text as labels."""

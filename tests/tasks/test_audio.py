@@ -227,6 +227,29 @@ class TestWhisper:
         assert (tokenizer.prefix_tokens, tokenizer("a")["input_ids"]) == before
         assert getattr(processed.model.generation_config, "language", None) is None
 
+    @pytest.mark.slow
+    @for_each("saved", ["de", "german", "<|de|>"])
+    @for_each("task", [None, "translate"])
+    @for_each("asked", [None, "en"])
+    def test_what_was_saved_with_it_counts_where_no_language_is_named(self, saved, task, asked, tmp_path, caplog):
+        """A fine-tuned model is saved so: what is generated and what labels begin with are of one language."""
+        caplog.clear()
+        folder = save_whisper(tmp_path)
+        told = transformers.GenerationConfig.from_pretrained(folder)
+        told.language, told.task = saved, task
+        told.save_pretrained(folder)
+        processed = loaded(folder, source_language=asked)
+        model, (tokens,) = processed.model, processed.processor.tokenizer(["a"])["input_ids"]
+        start = processed.processor.tokenizer.convert_ids_to_tokens(tokens)[:4]
+        does = "transcribe" if asked else task or "transcribe"
+        assert start == ["<|startoftranscript|>", f"<|{asked or 'de'}|>", f"<|{does}|>", "<|notimestamps|>"]
+        features = torch.zeros(1, 8, 100)
+        begun = model._retrieve_init_tokens(
+            features, 1, model.generation_config, model.config, 100, {"num_segment_frames": 100}
+        )
+        assert begun[0].tolist() == tokens[: len(begun[0])]
+        assert "source_language" not in caplog.text
+
     def test_a_model_without_languages_is_told_of_none(self, tmp_path):
         with pytest.raises(InputError, match="source_language: expected none for Wav2Vec2ForCTC"):
             loaded(save_wav2vec2(tmp_path), source_language="en")
