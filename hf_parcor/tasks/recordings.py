@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.errors import InputError
+from hf_parcor.errors import InputError, one_line
 from hf_parcor.evaluation.metrics.ctc import count_frames
 from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.tasks.audio import check_installed
@@ -105,8 +105,20 @@ def say_what_is_heard(recordings: Recordings, extractor: Any) -> None:
     Args:
         recordings: The data.
         extractor: The model's feature extractor, which may cut recordings, or pad them without a mask.
+
+    Raises:
+        InputError: It makes no features of the shortest, as Kaldi's do of less than a window.
     """
     rows, lengths = recordings.rows, recordings.lengths
+    shortest = min(range(len(recordings)), key=lengths.__getitem__)
+    try:
+        extractor(recordings[shortest]["audio"], sampling_rate=extractor.sampling_rate)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise InputError(
+            f"{rows.source}: expected recordings of which the model's feature extractor makes features, got one of "
+            f"{lengths[shortest]:g} seconds, the shortest, in row {rows.number(shortest)} ({one_line(error)}); leave "
+            "such rows out"
+        ) from error
     most = _longest_heard(extractor)
     longer = 0 if most is None else sum(seconds > most for seconds in lengths)
     if longer:

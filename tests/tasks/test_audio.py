@@ -606,6 +606,29 @@ def test_what_a_classifier_hears_is_said(kind, tmp_path, caplog):
     assert (said in caplog.text) if said else not caplog.text
 
 
+@pytest.mark.slow
+@for_each(
+    ("save", "header", "values"),
+    [
+        (save_spectrogram_transformer, ["audio", "label"], ["positive", "negative"]),
+        (save_wav2vec2_bert, ["audio", "text"], ["a", "b"]),
+        (save_speech_to_text, ["audio", "text"], ["a", "b"]),
+    ],
+)
+@for_each("samples", [1, 100])
+def test_a_recording_without_features_is_refused(save, header, values, samples, tmp_path):
+    """What Kaldi computes needs a window: known before anything is measured."""
+    folder = save(tmp_path)
+    write_wave(tmp_path / "a.wav", sine(RATE))
+    write_wave(tmp_path / "b.wav", sine(RATE)[:samples])
+    written = list(zip(["a.wav", "b.wav"], values, strict=True))
+    rows = load_rows(write_rows(tmp_path / "rows.csv", header, written))
+    task = TASKS["audio-classification"] if header[-1] == "label" else SPEECH
+    processed = Processed(task.load_model(folder), task.load_processor(folder))
+    with pytest.raises(InputError, match=rf"makes features, got one of {samples / RATE:g} seconds, .* in row 2 \("):
+        task.examples(rows, task.find_columns(rows, {}), processed)
+
+
 @for_each("labels", [[["positive", "negative"], ["negative"]], [0.5, 1.0]])
 def test_classes_alone_where_the_loss_is_of_classes(labels, tmp_path):
     task = TASKS["audio-classification"]
