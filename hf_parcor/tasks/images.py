@@ -152,7 +152,7 @@ def in_rgb(image: Any) -> Any:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         low, high = image.getextrema()
-        if not 0 <= low <= high <= 255:
+        if not 0 <= low <= high <= 255 or 0 < high <= 1:  # up to 1, all would be black
             raise ValueError(f"pixels from {low:g} to {high:g}, not from 0 to 255")
     return image.convert("RGB")
 

@@ -233,7 +233,14 @@ def test_of_16_bits_the_upper_eight_count(name, tmp_path):
         np.testing.assert_array_equal(found, np.repeat(upper[..., None], 3, -1))
 
 
-@for_each(("pixels", "says"), [(np.float32([[-1, 0.5]]), "from -1 to 0.5"), (np.int32([[0, 4095]]), "from 0 to 4095")])
+@for_each(
+    ("pixels", "says"),
+    [
+        (np.float32([[-1, 0.5]]), "from -1 to 0.5"),
+        (np.float32([[0, 1]]), "from 0 to 1"),  # all would be black
+        (np.int32([[0, 4095]]), "from 0 to 4095"),
+    ],
+)
 def test_pixels_of_an_unknown_range_are_refused(pixels, says):
     rows = Rows("rows", [{"image": Image.fromarray(pixels)}], ("image",))
     with pytest.raises(InputError, match=f"in row 1, got .*pixels {says}, not from 0 to 255"):
