@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from hf_parcor.errors import InputError
 from hf_parcor.tasks.classification import Classification, class_numbers
 from hf_parcor.tasks.images import LabelledImages, Size, stacked_pixels
 from hf_parcor.tasks.rows import Rows
@@ -83,6 +84,13 @@ class _Images:
 
 
 def _stacked(examples: Sequence[Example], dtype: torch.dtype) -> dict[str, Tensor]:
+    sizes = {tuple(example["pixel_values"].shape): None for example in examples}
+    if len(sizes) > 1:
+        raise InputError(
+            f"pixel_values: expected images that the image processor brings to one size, got "
+            f"{' and '.join(map(str, sizes))} in one batch; set its size to a height and a width, or let it crop "
+            "(do_center_crop)"
+        )
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]).to(dtype),
         "labels": torch.tensor([example["labels"] for example in examples]),

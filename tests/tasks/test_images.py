@@ -8,10 +8,11 @@ import json
 import numpy as np
 import pytest
 from for_each import for_each
+from local_models import save_vit
 from PIL import ExifTags, Image
 
 from hf_parcor.errors import InputError
-from hf_parcor.tasks import ImageClassification, Rows, decoded_images, load_rows, read_images
+from hf_parcor.tasks import ImageClassification, Processed, Rows, decoded_images, load_rows, read_images
 
 NAMES = ("cat", "dog", "bird")
 
@@ -254,3 +255,17 @@ def test_labels_are_read_without_their_images(tmp_path):
     cells = {"image": [{"path": None, "bytes": b"no image"}] * 2, "label": [1, 0]}
     found = datasets.Dataset.from_dict(cells, features=features)
     assert Rows("rows", found, ("image", "label")).column("label") == [1, 0]
+
+
+def test_what_a_processor_leaves_of_several_sizes_is_refused(tmp_path):
+    """As one that brings the shortest edge to a length, and does not crop."""
+    folder = save_vit(tmp_path)
+    settings = {"image_processor_type": "ViTImageProcessor", "do_resize": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = [Image.fromarray(pixels_of(1, side)[0]) for side in (8, 6)]
+    rows = Rows("rows", [{"image": image, "label": "POSITIVE"} for image in images], ("image", "label"))
+    task = ImageClassification()
+    processed = Processed(task.load_model(folder), task.load_processor(folder))
+    batches = task.batches(task.examples(rows, task.find_columns(rows, {}), processed), processed, 2)
+    with pytest.raises(InputError, match=r"to one size, got \(3, 8, 8\) and \(3, 6, 6\) in one batch; set its size"):
+        next(iter(batches))
