@@ -54,6 +54,7 @@ from hf_parcor.programs import (
     train_and_save,
 )
 from hf_parcor.tasks import ImageClassification, LabelledImages, Rows, decoded_images, load_rows
+from hf_parcor.tasks.classification import label_numbers_of
 from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -253,7 +254,8 @@ def main() -> None:
     side = data.image_size or _size_for(model, processor)
     size = None if side is None else (side, side)
     images = {
-        split: decoded_images(rows, columns[split], model.config.label2id, size) for split, rows in splits.items()
+        split: decoded_images(rows, columns[split], label_numbers_of(model.config), size)
+        for split, rows in splits.items()
     }
     if processor is None:  # what brings any picture to what this model sees, for whoever loads its folder
         height, width = next(iter(images.values())).pixels.shape[1:3]

@@ -43,7 +43,7 @@ from hf_parcor.programs import (
 )
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import TASKS, Processed, Rows, read_file
-from hf_parcor.tasks.classification import class_numbers, problem_of_model
+from hf_parcor.tasks.classification import class_numbers, label_numbers_of, problem_of_model
 from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def main() -> None:
         rows = splits[split].shuffle(seed=training.seed) if shuffle else splits[split]
         if most is not None:
             rows = rows.select(range(min(most, len(rows))))
-        found = class_numbers(labelled_rows(split, rows, data), data.label_column_name, model.config.label2id)
+        found = class_numbers(labelled_rows(split, rows, data), data.label_column_name, label_numbers_of(model.config))
         return rows.map(
             tokenize,
             batched=True,

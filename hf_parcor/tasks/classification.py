@@ -34,7 +34,7 @@ def class_numbers(rows: Rows, column: str, label_numbers: Mapping[str, int]) -> 
     Args:
         rows: The data.
         column: Where the labels are.
-        label_numbers: The model's `label2id`.
+        label_numbers: The model's, of `label_numbers_of`.
 
     Raises:
         InputError: A label is missing, unknown to the model, out of range, or may mean several classes.
@@ -77,6 +77,21 @@ def class_numbers(rows: Rows, column: str, label_numbers: Mapping[str, int]) -> 
         [number(label, row) for label in value] if isinstance(value, (list, tuple)) else number(value, row)
         for row, value in rows.numbered(values)
     ]
+
+
+def label_numbers_of(config: Any) -> dict[str, int]:
+    """Return the numbers of a model's classes by their names.
+
+    They are those of `id2label`, as everywhere in Transformers; a configuration may lack `label2id`, or have there
+    what a model had before its classes got names.
+
+    Examples:
+        >>> from transformers import BertConfig
+        >>> label_numbers_of(BertConfig(id2label={0: "bad", 1: "good"}))
+        {'bad': 0, 'good': 1}
+    """
+    given = {name: int(number) for name, number in (config.label2id or {}).items()}
+    return {**given, **{name: number for number, name in config.id2label.items()}}
 
 
 def classes_of(columns: Sequence[tuple[Rows, str]]) -> list[str]:
@@ -278,13 +293,13 @@ class Classification(Task):
                 "from Python: ClassificationMetric knows its scores"
             )
         if problem is Problem.NUMBERS:
-            return numbers_of(rows, column, f"for a model of {problem.value}", len(config.label2id))
+            return numbers_of(rows, column, f"for a model of {problem.value}", len(config.id2label))
         if problem is Problem.LABELS:
             _check_no_vectors(rows, column)
-        labels = class_numbers(rows, column, config.label2id)
+        labels = class_numbers(rows, column, label_numbers_of(config))
         if problem is Problem.LABELS:
             chosen = [{*label} if isinstance(label, list) else {label} for label in labels]
-            return [[float(number in found) for number in range(len(config.label2id))] for found in chosen]
+            return [[float(number in found) for number in range(len(config.id2label))] for found in chosen]
         for row, label in rows.numbered(labels):
             if not self.of_words and isinstance(label, list) and len(label) != 1:
                 raise InputError(
@@ -320,7 +335,7 @@ def problem_of_model(config: Any) -> Problem:
         stated = stated_problem(config)
     except ValueError as error:
         raise InputError(f"model: {error}") from error
-    return stated or (Problem.NUMBERS if len(config.label2id) == 1 else Problem.CLASSES)
+    return stated or (Problem.NUMBERS if len(config.id2label) == 1 else Problem.CLASSES)
 
 
 def _problem_of_data(columns: Sequence[tuple[Rows, str]]) -> Problem:

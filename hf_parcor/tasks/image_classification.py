@@ -53,7 +53,7 @@ def decoded_images(
     Args:
         rows: The data.
         columns: The columns of `image` and `label`, as `find_columns` returns them.
-        label_numbers: The model's `label2id`.
+        label_numbers: The numbers of the model's classes, by their names.
         size: Height and width that all images are brought to. Default None: as they are, of one size.
 
     Raises:

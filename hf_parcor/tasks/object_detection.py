@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import BatchMetric, DetectionMetric
 from hf_parcor.evaluation.outputs import inside_adapters
-from hf_parcor.tasks.classification import class_numbers, classes_of
+from hf_parcor.tasks.classification import class_numbers, classes_of, label_numbers_of
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_processing
 
@@ -79,7 +79,7 @@ class ObjectDetection(Task):
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return image and annotations of each row; an image is opened whenever it is needed."""
         objects = _objects(rows, columns)
-        labels = class_numbers(objects, "label", processed.model.config.label2id)
+        labels = class_numbers(objects, "label", label_numbers_of(processed.model.config))
         form = processed.encoding.box_format or (VOC if columns["boxes"].endswith("xyxy") else COCO)
         if form not in (COCO, VOC):
             raise InputError(f"box_format: expected {COCO} or {VOC}, got {form!r}; name one of them")

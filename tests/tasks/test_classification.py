@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -98,6 +100,18 @@ def test_labels_that_the_model_does_not_take(settings, labels, said, tmp_path):
     rows = rows_of(labels)
     with pytest.raises(InputError, match=said):
         TASK.examples(rows, TASK.find_columns(rows, {}), processed_of(tmp_path, **settings))
+
+
+@for_each("of_names", [None, {"LABEL_0": 0, "LABEL_1": 1}, {"bad": "0", "good": "1"}, {"bad": 1, "good": 0}])
+def test_classes_have_the_names_that_the_model_gives_its_answers(of_names, tmp_path):
+    """Whatever the other way round says, which a configuration may lack."""
+    processed = processed_of(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"id2label": {"0": "bad", "1": "good"}, "label2id": of_names}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    processed = Processed(TASK.load_model(str(tmp_path)), processed.processor, Encoding())
+    rows = rows_of(["good", "bad", "BAD", 1])
+    assert [one["labels"] for one in TASK.examples(rows, TASK.find_columns(rows, {}), processed)] == [1, 0, 0, 1]
 
 
 def test_a_kind_that_nobody_knows(tmp_path):

@@ -31,9 +31,9 @@ def folder(tmp_path_factory):
 
 
 def examples_of(rows, box_format=None, columns=None):
-    processed = Processed(
-        SimpleNamespace(config=SimpleNamespace(label2id=NUMBERS)), None, Encoding(box_format=box_format)
-    )
+    names = {number: name for name, number in NUMBERS.items()}
+    model = SimpleNamespace(config=SimpleNamespace(label2id=NUMBERS, id2label=names))
+    processed = Processed(model, None, Encoding(box_format=box_format))
     return TASK.examples(rows, TASK.find_columns(rows, columns or {}), processed)
 
 

@@ -985,7 +985,7 @@ class TestMetricsOfTheLibrary:
     @pytest.mark.slow
     @pytest.mark.parametrize(("task", "name"), [("text-classification", "acuracy"), ("text-generation", "f1")])
     def test_an_unknown_one(self, task, name, tmp_path):
-        model = SimpleNamespace(config=SimpleNamespace(label2id={"no": 0, "yes": 1}))
+        model = SimpleNamespace(config=SimpleNamespace(label2id=None, id2label={0: "no", 1: "yes"}))
         with pytest.raises(InputError, match=rf"expected one of {', '.join(TASKS[task].metrics)}.* got '{name}'"):
             TASKS[task].metric(name, Processed(model, None), [{"labels": torch.zeros(1)}])
 
