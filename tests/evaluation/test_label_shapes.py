@@ -123,7 +123,12 @@ class TestKinds:
     @for_each(
         ("settings", "labels", "said"),
         [
-            ({"num_labels": 3}, torch.rand(10, 3), "a 0 or 1 for each label of a row, got other numbers"),
+            ({"num_labels": 3}, torch.full((10, 3), 0.25), "a 0 or 1 for each label of a row, got 0.25"),
+            (
+                {"num_labels": 3},
+                torch.full((10, 3), torch.nan),
+                "a 0 or 1 for each label of a row, got nan; leave out",
+            ),
             ({"num_labels": 1}, torch.full((10,), -100), "got -100, which stands for none"),
             ({"num_labels": 1}, torch.tensor([1.0] * 9 + [torch.nan]), "got nan, which stands for none"),
             (

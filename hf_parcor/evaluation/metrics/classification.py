@@ -101,10 +101,11 @@ class ClassificationMetric(OverLabels):
 
 def _of_labels(output: Output, logits: Tensor, labels: Tensor) -> dict[str, Any]:
     labels = aligned(labels, logits, "a 0 or 1 for each label of a row")
-    if not bool(((labels == 0) | (labels == 1)).all()):
+    others = labels[(labels != 0) & (labels != 1)]
+    if len(others):
         raise ValueError(
-            "labels: expected a 0 or 1 for each label of a row, got other numbers; for regression set "
-            "config.problem_type = 'regression'"
+            f"labels: expected a 0 or 1 for each label of a row, got {others[0].item():g}; leave out rows where one "
+            "is missing, or for regression set config.problem_type = 'regression'"
         )
     chosen, finite = chosen_labels(logits)
     truth = labels.bool()
