@@ -16,6 +16,7 @@ from hf_parcor.tasks.recordings import (
     RECORDING,
     AudioCollator,
     Recordings,
+    check_features,
     extractor_of,
     frames_heard,
     say_what_is_heard,
@@ -63,6 +64,7 @@ class AudioClassification(Classification):
             )
         labels = self._labels(rows, columns, processed)
         recordings = Recordings(rows, columns["audio"], processed.processor.sampling_rate, labels)
+        check_features(recordings, processed.processor)
         say_what_is_heard(recordings, processed.processor)
         frames_heard(recordings, processed.model)  # refuses what has none
         found: Any = recordings

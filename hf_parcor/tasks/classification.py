@@ -250,9 +250,12 @@ class Classification(Task):
                 "another column, or other data"
             )
         numbers = {name: number for number, name in enumerate(names)}
-        # Said for one class a row too: a model without its head remembers what that was for.
-        said = {"problem_type": problem.value}
-        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers, **said}
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": numbers,
+            "problem_type": problem.value,  # of one class a row too: a model without its head remembers another
+        }
 
     def usual_metric(self, processed: Processed, batches: DataLoader[Any]) -> tuple[str, str]:
         """Return the accuracy; the F1 where a row has any number of classes, and of numbers Pearson's correlation."""

@@ -99,15 +99,15 @@ def _pads_to_the_longest(extractor: Any) -> bool:
     return padding is not None and padding.default is False
 
 
-def say_what_is_heard(recordings: Recordings, extractor: Any) -> None:
-    """Say what a model does not hear of recordings, and what it hears that is none.
+def check_features(recordings: Recordings, extractor: Any) -> None:
+    """Refuse recordings of which a model's feature extractor makes no features, as Kaldi's do of less than a window.
 
     Args:
         recordings: The data.
-        extractor: The model's feature extractor, which may cut recordings, or pad them without a mask.
+        extractor: The feature extractor.
 
     Raises:
-        InputError: It makes no features of the shortest, as Kaldi's do of less than a window.
+        InputError: It makes none of the shortest.
     """
     rows, lengths = recordings.rows, recordings.lengths
     shortest = min(range(len(recordings)), key=lengths.__getitem__)
@@ -119,6 +119,16 @@ def say_what_is_heard(recordings: Recordings, extractor: Any) -> None:
             f"{lengths[shortest]:g} seconds, the shortest, in row {rows.number(shortest)} ({one_line(error)}); leave "
             "such rows out"
         ) from error
+
+
+def say_what_is_heard(recordings: Recordings, extractor: Any) -> None:
+    """Say what a model does not hear of recordings, and what it hears that is none.
+
+    Args:
+        recordings: The data.
+        extractor: The model's feature extractor, which may cut recordings, or pad them without a mask.
+    """
+    rows, lengths = recordings.rows, recordings.lengths
     most = _longest_heard(extractor)
     longer = 0 if most is None else sum(seconds > most for seconds in lengths)
     if longer:

@@ -22,6 +22,7 @@ from hf_parcor.tasks.recordings import (
     RECORDING,
     AudioCollator,
     Recordings,
+    check_features,
     extractor_of,
     frames_heard,
     say_what_is_heard,
@@ -178,6 +179,7 @@ class SpeechRecognition(Task):
             labels = list(_without_start(encoded["input_ids"], processed.model))
         check_tokens(rows, column, labels)
         recordings = Recordings(rows, columns["audio"], extractor.sampling_rate, labels)
+        check_features(recordings, extractor)
         say_what_is_heard(recordings, extractor)
         if is_ctc(processed.model):
             _say_what_is_too_short(recordings, processed.model)
