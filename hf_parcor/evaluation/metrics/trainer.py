@@ -113,12 +113,12 @@ class TrainerMetric:
             generator_kept(trainer.data_collator),
         ):
             found: dict[str, Any] = trainer.evaluate(self._eval_dataset, metric_key_prefix=self._prefix)
-        own_names = {
+        values = {
             name.removeprefix(prefix): without_shape(value) for name, value in found.items() if name.startswith(prefix)
         }
         metrics = {
             name: float(value)
-            for name, value in own_names.items()
+            for name, value in values.items()
             if isinstance(value, Real) and not _tells_of_the_run(name)
         }
         if not metrics:
